@@ -1,0 +1,405 @@
+"""Scores of a model (Table 1), entropies of the three tasks (Fig. 6), and the audit of a run.
+
+    python evaluate.py score --model DIR --data meld=data/meld [--data ...] --split test
+    python evaluate.py audit RUN [--show SAMPLE_ID]
+
+An answer without a valid output is a wrong answer, never a missing one: it is counted and its reason shown (D15).
+"""
+
+import json
+import math
+import os
+import random
+import statistics
+import sys
+from bisect import bisect_left, bisect_right
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import tyro
+
+import audit
+import data
+from config import Pairs, Switch
+from data import Failure, Output, Sample, UserError
+from grpo import iou
+from runs import parse_record
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Parse = Output | Failure
+
+# Metrics. Arguments are keywords, so that gold and predictions cannot be swapped: F1 is not symmetric.
+
+
+def accuracy(*, gold: Sequence[str], pred: Sequence[str | None]) -> float:
+    """Share of samples whose predicted label is the gold one; None is wrong."""
+    return sum(g == p for g, p in zip(gold, pred, strict=True)) / len(gold)
+
+
+def class_scores(label: str, *, gold: Sequence[str], pred: Sequence[str | None]) -> tuple[float, float, float]:
+    """Precision, recall and F1 of one class; 0 where undefined."""
+    hit = sum(g == p == label for g, p in zip(gold, pred, strict=True))
+    named, real = pred.count(label), gold.count(label)
+    return hit / max(named, 1), hit / max(real, 1), 2 * hit / max(named + real, 1)
+
+
+def weighted_f1(*, gold: Sequence[str], pred: Sequence[str | None]) -> float:
+    """F1 of the classes, weighted by how many gold samples each has (Table 1's W-F1; scikit-learn's `weighted`)."""
+    support = Counter(gold)
+    return math.fsum(n * class_scores(c, gold=gold, pred=pred)[2] for c, n in support.items()) / len(gold)
+
+
+def macro_f1(*, gold: Sequence[str], pred: Sequence[str | None]) -> float:
+    """Plain mean of F1 over the classes that occur, as gold or as prediction."""
+    classes = {*gold, *pred} - {None}
+    return math.fsum(class_scores(c, gold=gold, pred=pred)[2] for c in classes if c) / len(classes)
+
+
+def mcnemar(correct_a: Sequence[bool], correct_b: Sequence[bool]) -> tuple[int, int, float]:
+    """(only a right, only b right, exact two-sided p) of two systems on the same samples; p = 1 without a difference."""
+    pairs = Counter(zip(correct_a, correct_b, strict=True))
+    b, c = pairs[True, False], pairs[False, True]
+    tail = sum(math.comb(b + c, i) for i in range(min(b, c) + 1))
+    return b, c, min(1.0, 2 * tail / 2 ** (b + c))
+
+
+def paired_interval(
+    correct_a: Sequence[bool], correct_b: Sequence[bool], *, seed: int = 0, draws: int = 10_000
+) -> tuple[float, float, float]:
+    """Accuracy of a minus accuracy of b and its 95 % bootstrap interval: (difference, low, high).
+
+    Samples are drawn in pairs. A pair counts +1, 0 or -1, so drawing n of them is one multinomial draw.
+    """
+    b, c, _ = mcnemar(correct_a, correct_b)
+    n = len(correct_a)
+    counts = np.random.default_rng(seed).multinomial(n, [b / n, c / n, (n - b - c) / n], size=draws)
+    low, high = np.quantile((counts[:, 0] - counts[:, 1]) / n, [0.025, 0.975])
+    return (b - c) / n, float(low), float(high)
+
+
+def top_label(weights: Mapping[str, float]) -> str:
+    """The heaviest entry, the first of them in a tie (D15)."""
+    return max(weights, key=lambda emotion: weights[emotion])
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One row a sample: gold label, predicted label (None = no valid output), IOU (Eq. 10) and reason of the failure."""
+
+    labels: tuple[str, ...]
+    gold: tuple[str, ...]
+    pred: tuple[str | None, ...]
+    ious: tuple[float, ...]
+    reasons: tuple[str | None, ...]
+
+    @property
+    def correct(self) -> list[bool]:
+        """Right or wrong, a sample."""
+        return [g == p for g, p in zip(self.gold, self.pred, strict=True)]
+
+    @property
+    def majority(self) -> "Scores":
+        """What always naming the most frequent gold label of these samples would score."""
+        label = Counter(self.gold).most_common(1)[0][0]
+        n = len(self.gold)
+        return Scores(self.labels, self.gold, (label,) * n, (0.0,) * n, (None,) * n)
+
+    def metrics(self, prefix: str = "") -> dict[str, float]:
+        """acc, wf1, macro_f1, iou (0 where the rule failed) and rule_rate, all in [0, 1], names after `prefix`."""
+        values = {
+            "acc": accuracy(gold=self.gold, pred=self.pred),
+            "wf1": weighted_f1(gold=self.gold, pred=self.pred),
+            "macro_f1": macro_f1(gold=self.gold, pred=self.pred),
+            "iou": math.fsum(self.ious) / len(self.ious),
+            "rule_rate": self.reasons.count(None) / len(self.reasons),
+        }
+        return {prefix + name: value for name, value in values.items()}
+
+    def confusion(self) -> dict[str, Counter[str | None]]:
+        """Gold label -> predicted label (None = no valid output) -> samples."""
+        cells = Counter(zip(self.gold, self.pred, strict=True))
+        return {g: Counter({p: cells[g, p] for p in (*self.labels, None)}) for g in self.labels}
+
+    def table(self) -> str:
+        """Per-class scores beside the confusion matrix (rows gold, columns predicted), then failures by reason."""
+        head = f"{'gold':>12} {'n':>6} {'P %':>7} {'R %':>7} {'F1 %':>7}  |"
+        lines = [head + "".join(f" {name[:8]:>8}" for name in (*self.labels, "(none)"))]
+        for label, row in self.confusion().items():
+            shares = [f"{100 * x:7.2f}" for x in class_scores(label, gold=self.gold, pred=self.pred)]
+            counts = "".join(f" {row[p]:8d}" for p in (*self.labels, None))
+            lines.append(f"{label[:12]:>12} {self.gold.count(label):6d} {' '.join(shares)}  |{counts}")
+        failed = Counter(reason for reason in self.reasons if reason)
+        reasons = ", ".join(f"{reason} {n}" for reason, n in failed.most_common())
+        lines.append(f"no valid output: {failed.total()} of {len(self.gold)}" + (f" ({reasons})" if reasons else ""))
+        return "\n".join(lines)
+
+
+def score(samples: Sequence[Sample], parses: Sequence[Parse]) -> Scores:
+    """Scores of one answer a sample against its gold. Raises ValueError for no samples."""
+    if not samples:
+        raise ValueError("there is nothing to score")
+    valid = [(s, p if isinstance(p, Output) else None) for s, p in zip(samples, parses, strict=True)]
+    return Scores(
+        labels=tuple(dict.fromkeys(label for sample in samples for label in sample.labels)),
+        gold=tuple(top_label(sample.gold) for sample in samples),
+        pred=tuple(top_label(p.last_emotions) if p else None for _, p in valid),
+        ious=tuple(iou(p.last_emotions, s.gold) if p else 0.0 for s, p in valid),
+        reasons=tuple(p.reason if isinstance(p, Failure) else None for p in parses),
+    )
+
+
+def parse_lenient(text: str, labels: Sequence[str], tries: int = 16) -> Parse:
+    """The last dictionary anywhere in an answer that keeps the contract, whatever stands around it.
+
+    For comparison with work that reads answers that way; training and the main score never use it. Looks at the last
+    `tries` opening braces and for each at the next `tries` closing ones. The strict failure if there is none.
+    """
+    opens, closes = ([i for i, c in enumerate(text) if c == brace] for brace in "{}")
+    for start in reversed(opens[-tries:]):
+        first = bisect_right(closes, start)
+        for end in closes[first : first + tries]:
+            parse = data.parse_output(f"<think>-</think>{text[start : end + 1]}", labels)
+            if isinstance(parse, Output):
+                return parse
+    return data.parse_output(text, labels)
+
+
+TASKS = {"last_emotions": "recognition", "my_emotions": "self_emotion", "my_output": "response"}  # Eq. (1): T_o, T_s, T_r
+
+
+def task_entropies(
+    entropies: Sequence[float],
+    ids: Sequence[int],
+    tokenizer: "PreTrainedTokenizerBase",
+    prefix: str,
+    spans: Mapping[str, tuple[int, int]],
+) -> dict[str, float]:
+    """Mean token entropy (nats) of an answer's recognition, self-emotion and response (Fig. 6b).
+
+    `entropies` and `ids`: one a token of the answer; `prefix` and `spans`: as `data.answer_text` and `Output.spans`. A
+    token belongs to a part if it wrote one of its characters; found by binary search over the decoded beginnings.
+    """
+
+    def written(tokens: int) -> int:
+        # Half of a character decodes as U+FFFD until its last token arrives: without it lengths never shrink.
+        return len(data.answer_text(tokenizer, ids[:tokens], frozenset(), prefix).rstrip("\ufffd"))
+
+    means = {}
+    for key, (start, end) in spans.items():
+        first = bisect_right(range(len(ids) + 1), start, key=written) - 1
+        last = bisect_left(range(len(ids) + 1), end, key=written)
+        means[TASKS[key]] = math.fsum(entropies[first:last]) / (last - first)
+    return means
+
+
+# The score command
+
+
+@dataclass(frozen=True)
+class ScoreCommand:
+    """Let a model answer every sample of a split once and score the answers."""
+
+    model: str
+    """Hugging Face folder of a chat model."""
+    data: Pairs
+    """NAME=DIR of a dataset; repeatable."""
+    split: Literal["train", "dev", "test"] = "test"
+    """Split to answer."""
+    limit: int | None = None
+    """Samples a dataset: the first of a seeded shuffle. Default: all."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    max_new_tokens: int = 8192
+    """Longest answer, in tokens (Table 12); a longer one is cut and so fails the rule."""
+    seed: int = 0
+    """Of the shuffle, the sampling and the bootstrap."""
+    kv_budget: int | None = None
+    """Bytes for keys and values. Default: half of the GPU's memory, a quarter of the machine's on CPU."""
+    lenient: Switch = False
+    """Show beside the strict reading what accepting the last dictionary anywhere in an answer would score."""
+    out: Path | None = None
+    """Write every answer, its reading and its score there (JSONL)."""
+    baseline: Path | None = None
+    """Answers another model wrote with --out: paired comparison (exact McNemar test, bootstrap interval)."""
+    gold: Path | None = None
+    """JSONL of sample id and weights that replace the gold labels."""
+    prompts: Path | None = None
+    """JSON that replaces the prompts."""
+
+
+def _datasets(command: ScoreCommand) -> dict[str, list[Sample]]:
+    """The samples to score, dataset by dataset, in the order of the files."""
+    chosen = {}
+    gold = data.read_gold(command.gold) if command.gold else {}
+    for entry in command.data:
+        name, _, root = entry.partition("=")
+        if not root or name in chosen:
+            raise UserError(f"--data {entry}: give NAME=DIR, every name once")
+        samples = data.samples(data.load(name, root, command.split), data.label_set(name, root))
+        mine = {key: weights for key, weights in gold.items() if key.startswith(f"{name}/{command.split}/")}
+        samples = data.with_gold(samples, mine) if mine else samples
+        shuffled = random.Random(f"{command.seed}/{name}").sample(range(len(samples)), len(samples))
+        chosen[name] = [samples[i] for i in sorted(shuffled[: command.limit])]
+        if not chosen[name]:
+            raise UserError(f"--data {entry}: the {command.split} split has no labelled turn to score")
+    if gold and not any(key.startswith(f"{name}/{command.split}/") for key in gold for name in chosen):
+        raise UserError(f"{command.gold}: no id belongs to the {command.split} split of {', '.join(chosen)}")
+    return chosen
+
+
+def _answer(command: ScoreCommand, datasets: Mapping[str, Sequence[Sample]]) -> dict[str, list[tuple[str, bool]]]:
+    """One answer a sample, (text, finished), generated in one call a dataset."""
+    import torch
+
+    from model import Policy, eos_ids, load_tokenizer
+    from rollout import generate
+
+    prompts = data.read_prompts(command.prompts) if command.prompts else data.DEFAULT
+    tokenizer = load_tokenizer(command.model)
+    stops = eos_ids(command.model, tokenizer)
+    gpu = torch.cuda.is_available()
+    policy = Policy.load(command.model, torch.bfloat16 if gpu else torch.float32, "cuda" if gpu else "cpu").eval()
+    memory = torch.cuda.mem_get_info()[1] // 2 if gpu else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+    answers = {}
+    for name, samples in datasets.items():
+        encoded = [data.encode(tokenizer, sample, prompts) for sample in samples]
+        groups = generate(
+            policy,
+            [ids for ids, _ in encoded],
+            n=1,
+            max_new_tokens=command.max_new_tokens,
+            temperature=command.temperature,
+            eos_ids=stops,
+            keys=[(command.seed, 0, sample.id) for sample in samples],
+            kv_budget=command.kv_budget or memory,
+            progress=True,
+        )
+        answers[name] = [
+            (data.answer_text(tokenizer, completion.ids, stops, prefix), completion.finished)
+            for (completion,), (_, prefix) in zip(groups, encoded, strict=True)
+        ]
+    return answers
+
+
+def prediction_rows(samples: Sequence[Sample], answers: Sequence[tuple[str, bool]]) -> list[dict[str, Any]]:
+    """What --out keeps, one row a sample: id, gold, the text of the answer, how it reads and what that earns."""
+    rows = []
+    for sample, (text, finished) in zip(samples, answers, strict=True):
+        parse = data.parse_output(text, sample.labels, finished=finished)
+        scores = score([sample], [parse])
+        row = {"id": sample.id, "gold": dict(sample.gold), "text": text, "finished": finished, "parse": parse_record(parse)}
+        rows.append(row | {"predicted": scores.pred[0], "correct": scores.correct[0], "iou": scores.ious[0]})
+    return rows
+
+
+def read_baseline(path: Path, datasets: Mapping[str, Sequence[Sample]]) -> dict[str, bool]:
+    """Sample id -> right or wrong, from another model's --out. Raises `UserError` if a sample is missing in it."""
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+        correct = {row["id"]: row["correct"] is True for row in rows}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} does not hold answers written with --out: {error}") from None
+    missing = [sample.id for samples in datasets.values() for sample in samples if sample.id not in correct]
+    if missing:
+        raise UserError(f"{path} lacks {len(missing)} samples, the first {missing[0]}: score both on the same --data")
+    return correct
+
+
+def _compare(scores: Scores, samples: Sequence[Sample], baseline: Mapping[str, bool], seed: int) -> dict[str, float]:
+    theirs = [baseline[sample.id] for sample in samples]
+    only_this, only_baseline, p = mcnemar(scores.correct, theirs)
+    difference, low, high = paired_interval(scores.correct, theirs, seed=seed)
+    named = {"only_this": only_this, "only_baseline": only_baseline, "mcnemar_p": p}
+    return named | {"acc_difference": difference, "low": low, "high": high}
+
+
+def summary(rows: Mapping[str, Mapping[str, float]]) -> str:
+    """Metrics as a table in percent, one line a row."""
+    columns = {"acc": "Acc.", "wf1": "W-F1", "macro_f1": "M-F1", "iou": "IOU", "rule_rate": "valid"}
+    lines = [f"{'':28}" + "".join(f" {title:>7}" for title in columns.values())]
+    for name, row in rows.items():
+        lines.append(f"{name:28}" + "".join(f" {100 * row[column]:7.2f}" for column in columns))
+    return "\n".join(lines)
+
+
+def report(
+    datasets: Mapping[str, Sequence[Sample]],
+    answers: Mapping[str, Sequence[tuple[str, bool]]],
+    *,
+    lenient: bool = False,
+    baseline: Mapping[str, bool] | None = None,
+    seed: int = 0,
+) -> tuple[str, dict[str, Any]]:
+    """Text for people and the same numbers for programs: per dataset and averaged, with the majority class beside."""
+    strict, beside, compared, text = {}, {}, {}, []
+    for name, samples in datasets.items():
+        pairs = list(zip(samples, answers[name], strict=True))
+        scores = score(samples, [data.parse_output(text, s.labels, finished=done) for s, (text, done) in pairs])
+        strict[name] = scores.metrics()
+        beside[f"{name}, majority"] = scores.majority.metrics()
+        if lenient:
+            beside[f"{name}, lenient"] = score(samples, [parse_lenient(text, s.labels) for s, (text, _) in pairs]).metrics()
+        text.append(f"{name}: {len(samples)} samples\n{scores.table()}\n")
+        if baseline is not None:
+            compared[name] = _compare(scores, samples, baseline, seed)
+            text.append(f"{name} against the baseline: " + ", ".join(f"{k} {v:.4g}" for k, v in compared[name].items()))
+    average = {key: statistics.fmean(row[key] for row in strict.values()) for key in next(iter(strict.values()))}
+    rows = {**strict, **({"average": average} if len(strict) > 1 else {}), **beside}
+    counts = {name: len(samples) for name, samples in datasets.items()}
+    return "\n".join([*text, summary(rows)]), {"samples": counts, "scores": rows, "compared": compared}
+
+
+def score_command(command: tyro.conf.OmitArgPrefixes[ScoreCommand]) -> int:
+    """Score a model on labelled splits (Table 1)."""
+    for path in (command.out.parent if command.out else None, command.gold, command.prompts):
+        if path is not None and not path.exists():
+            raise UserError(f"{path} does not exist")
+    datasets = _datasets(command)
+    baseline = read_baseline(command.baseline, datasets) if command.baseline else None
+    answers = _answer(command, datasets)
+    text, numbers = report(datasets, answers, lenient=command.lenient, baseline=baseline, seed=command.seed)
+    if command.out:
+        rows = [row for name in datasets for row in prediction_rows(datasets[name], answers[name])]
+        command.out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    settings = {"model": command.model, "split": command.split, "temperature": command.temperature, "seed": command.seed}
+    print(text + "\n" + json.dumps(settings | numbers))
+    return 0
+
+
+# The audit command
+
+
+def audit_command(run: tyro.conf.Positional[Path], show: str | None = None) -> int:
+    """Recompute every reward, consensus, advantage and selection of a run; exit 1 and say where if one differs.
+
+    Args:
+        run: Folder of the run.
+        show: Sample id: print how its rewards and advantages come about instead.
+    """
+    if show is not None:
+        print(audit.show(run, show))
+        return 0
+    findings = audit.audit(run)
+    for problem in findings.problems:
+        print(problem)
+    print(findings.summary)
+    return 1 if findings.problems else 0
+
+
+def main() -> None:
+    """Command line: score or audit."""
+    try:
+        sys.exit(tyro.extras.subcommand_cli_from_dict({"score": score_command, "audit": audit_command}))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

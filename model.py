@@ -1,0 +1,305 @@
+"""The policy: any Hugging Face causal LM, with an attention that lets the n answers to one prompt share that prompt.
+
+A batch is one packed stream of tokens without padding, [prompt | answer | answer | ...] group after group. Every linear
+layer sees each prompt once; only inside attention are prompts and answers laid out in rectangles.
+
+Shapes: N tokens of the stream, P groups (prompts), B answers (prompt-major), S prompt tokens, T answer tokens, Z = S + T,
+M answer tokens of all answers in one row, H query heads, K key/value heads, D head width, V vocabulary. Padding is right.
+"""
+
+import copy
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from data import UserError
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+ATTENTION = "selfemo"  # the name under which transformers finds our attention
+HEAD_BYTES = 2**26  # logits that exist at once; a larger head is cut into chunks that backward computes again
+
+
+class Layout(Protocol):
+    """How the tokens of one stream attend to each other; passed to the model as the keyword `layout`."""
+
+    def attend(self, layer: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, scaling: float) -> Tensor:
+        """Attention of layer number `layer` over the stream; returns [N, H, D]."""
+        ...
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    layout: Layout | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """The attention that transformers calls in every layer: [1, H, N, D] in, [1, N, H, D] out.
+
+    Without a layout it is plain causal attention over unpadded rows, so that `lm(input_ids)` means what it always means.
+    Raises ValueError for what it would otherwise compute wrongly: padding masks, caches, sliding windows, soft caps.
+    """
+    if sliding_window is not None or softcap is not None:
+        raise ValueError("group attention knows no sliding window and no soft cap; this model uses one")
+    if attention_mask is not None or query.shape[2] != key.shape[2]:
+        raise ValueError("group attention takes neither masks nor transformers' caches: pass a layout")
+    if layout is None:
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+        return out.transpose(1, 2), None
+    q_NHD, k_NKD, v_NKD = (x[0].transpose(0, 1) for x in (query, key, value))
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    return layout.attend(layer, q_NHD, k_NKD, v_NKD, scale)[None], None
+
+
+AttentionInterface.register(ATTENTION, attention)
+
+
+@dataclass(frozen=True)
+class Group:
+    """A prompt and its answers, as token ids. The end-of-sequence token belongs to the answer."""
+
+    prompt_ids: Sequence[int]
+    answers: Sequence[Sequence[int]]
+
+
+def pad(rows: Sequence[Sequence[int]], value: int = 0) -> Tensor:
+    """Rows of unequal length as one right-padded integer tensor [rows, longest]."""
+    width = max(map(len, rows))
+    return torch.tensor([list(row) + [value] * (width - len(row)) for row in rows], dtype=torch.long)
+
+
+@dataclass(frozen=True)
+class GroupLayout:
+    """Training attention in two parts: prompts by themselves, then answers over (their prompt, themselves).
+
+    `prompt_PS` and `answer_BT` hold stream positions (padding points at position 0 and is never read back), `owner_B` the
+    group of each answer, `mask_B1TZ` what an answer token sees, `back_N` where the stream's tokens lie in the rectangles.
+    """
+
+    prompt_PS: Tensor
+    answer_BT: Tensor
+    owner_B: Tensor
+    mask_B1TZ: Tensor
+    back_N: Tensor
+
+    def attend(self, layer: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, scaling: float) -> Tensor:
+        """See `Layout`. A prompt's keys and values come from one forward, whatever the number of its answers."""
+        pq, pk, pv = (rectangle(x, self.prompt_PS) for x in (q_NHD, k_NKD, v_NKD))
+        prompt_PHSD = F.scaled_dot_product_attention(pq, pk, pv, is_causal=True, scale=scaling, enable_gqa=True)
+        aq, ak, av = (rectangle(x, self.answer_BT) for x in (q_NHD, k_NKD, v_NKD))
+        k_BKZD = torch.cat([pk[self.owner_B], ak], dim=2)
+        v_BKZD = torch.cat([pv[self.owner_B], av], dim=2)
+        answer_BHTD = F.scaled_dot_product_attention(
+            aq, k_BKZD, v_BKZD, attn_mask=self.mask_B1TZ, scale=scaling, enable_gqa=True
+        )
+        flat = [x.transpose(1, 2).flatten(0, 1) for x in (prompt_PHSD, answer_BHTD)]
+        return torch.cat(flat)[self.back_N]
+
+
+def rectangle(x_NHD: Tensor, index: Tensor) -> Tensor:
+    """Rows of the stream laid out as [rows, H, columns, D] by their positions [rows, columns]."""
+    return x_NHD.index_select(0, index.flatten()).view(*index.shape, *x_NHD.shape[1:]).transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A packed stream and, for each of the M answer tokens, where it is predicted, what it is, and where it goes."""
+
+    ids_N: Tensor
+    positions_N: Tensor
+    layout: GroupLayout
+    predict_M: Tensor  # stream position whose hidden state predicts the token: the prompt's last one for the first token
+    target_M: Tensor
+    slot_M: Tensor  # row-major place in [B, T]
+    shape: tuple[int, int]  # (B, T)
+
+
+def pack(groups: Sequence[Group], device: torch.device) -> Batch:
+    """Lay out groups as one stream. Raises ValueError for an empty prompt, answer or list."""
+    if not groups or any(not g.prompt_ids or not g.answers or not all(map(len, g.answers)) for g in groups):
+        raise ValueError("every group needs a prompt and answers of at least one token")
+    ids: list[int] = []
+    positions: list[int] = []
+    prompts: list[range] = []
+    answers: list[range] = []
+    owner: list[int] = []
+    for index, group in enumerate(groups):
+        prompts.append(range(len(ids), len(ids) + len(group.prompt_ids)))
+        ids.extend(group.prompt_ids)
+        positions.extend(range(len(group.prompt_ids)))
+        for answer in group.answers:
+            answers.append(range(len(ids), len(ids) + len(answer)))
+            owner.append(index)
+            ids.extend(answer)
+            positions.extend(range(len(group.prompt_ids), len(group.prompt_ids) + len(answer)))
+    T = max(map(len, answers))
+    predict = [p for a, o in zip(answers, owner, strict=True) for p in (prompts[o][-1], *a[:-1])]
+    layout = group_layout(prompts, answers, owner, len(ids))
+    slots = [row * T + t for row, a in enumerate(answers) for t in range(len(a))]
+    ids_N = torch.tensor(ids)
+    target_M = ids_N[torch.cat([torch.tensor(a) for a in answers])]
+    moved = [x.to(device) for x in (ids_N, torch.tensor(positions), torch.tensor(predict), target_M, torch.tensor(slots))]
+    on_device = GroupLayout(**{name: value.to(device) for name, value in vars(layout).items()})
+    return Batch(moved[0], moved[1], on_device, moved[2], moved[3], moved[4], (len(answers), T))
+
+
+def group_layout(prompts: Sequence[range], answers: Sequence[range], owner: Sequence[int], n: int) -> GroupLayout:
+    """The rectangles of a stream of n tokens, from the stream positions of its prompts and answers."""
+    prompt_PS, answer_BT, owner_B = pad(prompts), pad(answers), torch.tensor(owner)
+    S, T = prompt_PS.shape[1], answer_BT.shape[1]
+    seen_PS = torch.arange(S) < torch.tensor([len(p) for p in prompts])[:, None]
+    causal_TT = torch.ones(T, T, dtype=torch.bool).tril()
+    mask_BTZ = torch.cat([seen_PS[owner_B][:, None].expand(-1, T, -1), causal_TT.expand(len(answers), -1, -1)], dim=2)
+    places = [(p, row * S) for row, p in enumerate(prompts)]
+    places += [(a, len(prompts) * S + row * T) for row, a in enumerate(answers)]
+    back_N = torch.empty(n, dtype=torch.long)
+    for stream, start in places:
+        back_N[stream.start : stream.stop] = torch.arange(start, start + len(stream))
+    return GroupLayout(prompt_PS, answer_BT, owner_B, mask_BTZ[:, None], back_N)
+
+
+class Policy(nn.Module):
+    """A causal LM as the policy pi_theta: log-probs of answers, given their prompts."""
+
+    def __init__(self, lm: PreTrainedModel) -> None:
+        """Wrap `lm`, which must have been opened with our attention (see `load`)."""
+        super().__init__()
+        self.lm = lm
+
+    @classmethod
+    def load(cls, path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> "Policy":
+        """Open a Hugging Face causal LM (folder or hub name). Raises `UserError` where it cannot be opened."""
+        with user_errors(f"cannot open the model {path}"):
+            lm = AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype, attn_implementation=ATTENTION)
+        return cls(lm).to(device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    def forward(self, groups: Sequence[Group], *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Token log-probs and entropies of every answer: logp_BT, entropy_BT in nats, prompt-major, 0 off the answer.
+
+        Both are those of the distribution that is sampled: logits / temperature (D19). The prompt is computed once a
+        group. The entropy is a measurement and carries no gradient.
+        """
+        batch = pack(groups, self.device)
+        body: Any = self.lm.base_model
+        hidden_ND = body(
+            input_ids=batch.ids_N[None], position_ids=batch.positions_N[None], use_cache=False, layout=batch.layout
+        ).last_hidden_state[0]
+        logp_M, entropy_M = self.head(hidden_ND[batch.predict_M], batch.target_M, temperature)
+        B, T = batch.shape
+        return tuple(logp_M.new_zeros(B * T).index_put((batch.slot_M,), x).view(B, T) for x in (logp_M, entropy_M))  # type: ignore[return-value]
+
+    def head(self, hidden_MD: Tensor, target_M: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies from hidden states, never with more than HEAD_BYTES of logits at once."""
+        output = self.lm.get_output_embeddings()
+        rows = max(1, HEAD_BYTES // (4 * output.weight.shape[0]))
+        if len(target_M) <= rows or not torch.is_grad_enabled():
+            parts = [score_tokens(output, h, t, temperature) for h, t in chunks(hidden_MD, target_M, rows)]
+        else:
+            parts = [
+                checkpoint(score_tokens, output, h, t, temperature, use_reentrant=False)
+                for h, t in chunks(hidden_MD, target_M, rows)
+            ]
+        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+    def frozen_copy(self) -> "Policy":
+        """The same weights, apart and without gradients: the reference of the KL term (D6)."""
+        other = copy.deepcopy(self)
+        return other.requires_grad_(False)
+
+    def export(self, path: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Write an ordinary Hugging Face folder (weights as safetensors, config, tokenizer, chat template)."""
+        self.lm.save_pretrained(str(path))
+        tokenizer.save_pretrained(str(path))
+
+
+def chunks(hidden_MD: Tensor, target_M: Tensor, rows: int) -> Iterable[tuple[Tensor, Tensor]]:
+    """Pairs of at most `rows` hidden states and their target tokens."""
+    return zip(hidden_MD.split(rows), target_M.split(rows), strict=True)
+
+
+def score_tokens(output: nn.Module, hidden_MD: Tensor, target_M: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-prob of each target and entropy of each distribution, in float32 at least, as logit - logsumexp."""
+    logits_MV = output(hidden_MD)
+    logits_MV = logits_MV.to(torch.promote_types(logits_MV.dtype, torch.float32)) / temperature
+    norm_M = logits_MV.logsumexp(-1)
+    logp_M = logits_MV.gather(-1, target_M[:, None])[:, 0] - norm_M
+    with torch.no_grad():
+        entropy_M = torch.special.entr((logits_MV - norm_M[:, None]).exp()).sum(-1)
+    return logp_M, entropy_M
+
+
+@contextmanager
+def user_errors(what: str) -> Iterator[None]:
+    """Turn a library's failure to open something into one clear `UserError` that opens with `what`."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        mend = "give a Hugging Face folder (config.json, *.safetensors, tokenizer) or a hub name"
+        raise UserError(f"{what}: {first}; {mend}") from error
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a Hugging Face folder. Raises `UserError` where it is missing or has no chat template."""
+    with user_errors(f"cannot open the tokenizer {path}"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(path))
+    if not tokenizer.chat_template:
+        raise UserError(f"the tokenizer {path} has no chat template: use a chat model, or add chat_template.jinja")
+    return tokenizer
+
+
+def eos_ids(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Every stop token a model names: config, generation_config and tokenizer (Qwen3 has two). Nothing else is read."""
+    ids: set[int] = {tokenizer.eos_token_id} if isinstance(tokenizer.eos_token_id, int) else set()
+    with user_errors(f"cannot read the configuration of {path}"):
+        named = [AutoConfig.from_pretrained(str(path)).eos_token_id, generation_eos(path)]
+    for value in named:
+        ids |= set(value if isinstance(value, list) else [] if value is None else [value])
+    if not ids:
+        raise UserError(f"the model {path} names no end-of-sequence token: set eos_token in its tokenizer")
+    return frozenset(ids)
+
+
+def generation_eos(path: str | Path) -> int | list[int] | None:
+    """`eos_token_id` of generation_config.json, where there is one; its sampling settings are ignored (D19)."""
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(str(path)).eos_token_id  # type: ignore[no-any-return]
+    except OSError:
+        return None
+
+
+def quiet_transformers() -> None:
+    """No progress bars and notices of the library between our own lines."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -1,0 +1,450 @@
+"""Rollouts: n answers to each prompt, sampled in batches from scratch.
+
+The n answers share their prompt: its keys and values are computed and stored once a group, each answer's own beside them.
+A decode step scores an answer's token against both blocks and joins them before one softmax. Finished answers leave the
+matrix products at once, and the place of a finished group goes to the next prompt (continuous batching).
+
+Random numbers are counter-based: answer a's token at position t to a prompt is decided by a hash of (seed, step, sample id,
+a, t), so neither batch, order, memory budget nor number of ranks changes an answer. `generate_naive` is the clear version.
+
+Shapes: N tokens of a stream, P groups, G most rows of a group, R rows (unfinished answers), S prompt tokens, T answer
+tokens, Z = S + T, H query heads, K key/value heads, Q = H / K, D head width, V vocabulary.
+"""
+
+import hashlib
+import itertools
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from data import UserError
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from model import ATTENTION, Policy, pad, rectangle
+
+Key = tuple[int, int, str]  # (seed, step, sample id)
+Size = tuple[int, int, int, int]  # capacity of a cache: groups, S, rows, T
+BUCKET = 64  # the cache grows by this many tokens
+MAX_ROWS = 256  # answers decoded together: the rate still rises up to here
+PREFILL_TOKENS = 12_400  # prompt tokens computed together (Table 12: max_num_batched_tokens)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One answer: token ids including the end-of-sequence token, their log-probs (nats), and whether it ended by itself."""
+
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finished: bool
+
+
+def uniform(key: Key, answer: int, position: int) -> float:
+    """The random number in [0, 1) of one token: 24 bits of BLAKE2b over its coordinates, exact in float32."""
+    seed, step, sample_id = key
+    digest = hashlib.blake2b(f"{seed}/{step}/{sample_id}/{answer}/{position}".encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "big") >> 40) * 2.0**-24
+
+
+def draw(logits_RV: Tensor, temperature: float, uniform_R: Sequence[float]) -> tuple[list[int], list[float]]:
+    """One token a row by inverse CDF, and its log-prob under the distribution it was drawn from (D19).
+
+    Temperature 0 takes the likeliest token; its log-prob is the one at temperature 1.
+    """
+    logits_RV = logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32))
+    logp_RV = (logits_RV / (temperature or 1.0)).log_softmax(-1)
+    if temperature == 0:
+        token_R = logp_RV.argmax(-1)
+    else:
+        cdf_RV = logp_RV.exp().cumsum(-1)
+        total_R = cdf_RV[:, -1]
+        aim_R = torch.tensor(uniform_R, dtype=cdf_RV.dtype, device=cdf_RV.device) * total_R
+        below_R = torch.minimum(aim_R, torch.nextafter(total_R, torch.zeros_like(total_R)))  # so that a token is found
+        token_R = torch.searchsorted(cdf_RV, below_R[:, None], right=True)[:, 0]
+    return token_R.tolist(), logp_RV.gather(1, token_R[:, None])[:, 0].tolist()
+
+
+@torch.no_grad()
+def generate_naive(
+    model: Policy | PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    n: int,
+    max_new_tokens: int,
+    temperature: float,
+    eos_ids: Collection[int],
+    keys: Sequence[Key],
+) -> list[list[Completion]]:
+    """The clear version of `generate`: one answer at a time, everything computed again for each token."""
+    lm: Any = model.lm if isinstance(model, Policy) else model
+    groups = []
+    for prompt, key in zip(prompts, keys, strict=True):
+        group = []
+        for answer in range(n):
+            ids: list[int] = []
+            logprobs: list[float] = []
+            while len(ids) < max_new_tokens and not (ids and ids[-1] in eos_ids):
+                logits_1NV = lm(torch.tensor([[*prompt, *ids]], device=lm.device), use_cache=False).logits
+                token, logp = draw(logits_1NV[:, -1], temperature, [uniform(key, answer, len(ids))])
+                ids, logprobs = ids + token, logprobs + logp
+            group.append(Completion(tuple(ids), tuple(logprobs), ids[-1] in eos_ids))
+        groups.append(group)
+    return groups
+
+
+def generate(
+    model: Policy | PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    n: int,
+    max_new_tokens: int,
+    temperature: float,
+    eos_ids: Collection[int],
+    keys: Sequence[Key],
+    kv_budget: int | None = None,
+    progress: bool = False,
+) -> list[list[Completion]]:
+    """Sample n answers to each prompt; the answers of prompt i are element i.
+
+    `keys` names each prompt's random streams. `kv_budget` (bytes, None = no limit) is never exceeded by keys and values:
+    over it, the youngest group is dropped and queued again, and its streams redraw the same answers. Nothing outlives the
+    call. Raises ValueError for empty prompts or settings out of range, `UserError` if one group does not fit the budget.
+    """
+    if n < 1 or max_new_tokens < 1 or temperature < 0 or len(keys) != len(prompts) or not all(map(len, prompts)):
+        raise ValueError("generate needs n >= 1, max_new_tokens >= 1, temperature >= 0, and a key and tokens a prompt")
+    lm = model.lm if isinstance(model, Policy) else model
+    with torch.no_grad(), group_attention(lm), tqdm(total=n * len(prompts), disable=not progress, unit="answer") as bar:
+        engine = Engine(lm, n, max_new_tokens, temperature, frozenset(eos_ids), kv_budget)
+        return engine.run([Job(i, tuple(p), k) for i, (p, k) in enumerate(zip(prompts, keys, strict=True))], bar)
+
+
+@contextmanager
+def group_attention(lm: PreTrainedModel) -> Iterator[None]:
+    """Let a model that was opened with another attention use ours for the length of a call."""
+    before = lm.config._attn_implementation
+    if before == ATTENTION:
+        yield
+        return
+    lm.set_attn_implementation(ATTENTION)
+    try:
+        yield
+    finally:
+        lm.set_attn_implementation(before)
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """A prompt in the queue."""
+
+    index: int
+    prompt: tuple[int, ...]
+    key: Key
+
+
+@dataclass(eq=False)
+class Row:
+    """An answer on its way. All of its tokens but the last are in the cache."""
+
+    job: Job
+    answer: int
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+
+class GroupCache:
+    """Keys and values of every layer: `prompt` [slots, K, S, D] once a group, `answer` [rows, K, T, D] beside them.
+
+    The first `groups` slots and the first `rows` rows are in use. Bytes held never exceed `cost` of the capacity.
+    """
+
+    def __init__(self, lm: PreTrainedModel) -> None:
+        """An empty cache for the shapes of `lm`."""
+        config: Any = lm.config
+        self.layers: int = config.num_hidden_layers
+        self.K: int = config.num_key_value_heads
+        self.D: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.like = next(lm.parameters())
+        self.size = (0, 0, 0, 0)  # slots, S, rows, T
+        self.prompt = [(self.zeros(0, 0), self.zeros(0, 0)) for _ in range(self.layers)]
+        self.answer = [(self.zeros(0, 0), self.zeros(0, 0)) for _ in range(self.layers)]
+
+    def zeros(self, rows: int, tokens: int) -> Tensor:
+        """Zeros and not garbage: weight 0 times NaN would still be NaN."""
+        return self.like.new_zeros(rows, self.K, tokens, self.D)
+
+    def cost(self, size: Size) -> int:
+        """Bytes at most held with this capacity, counting the layer that is being moved while the cache grows."""
+        slots, S, rows, T = size
+        token = 2 * self.K * self.D * self.like.element_size()
+        return (self.layers + 1) * token * (slots * S + rows * T)
+
+    def resize(self, size: Size) -> None:
+        """Move to a new capacity, keeping what fits, one layer at a time."""
+        slots, S, rows, T = size
+        for layer in range(self.layers):
+            self.prompt[layer] = tuple(self.moved(x, slots, S) for x in self.prompt[layer])  # type: ignore[assignment]
+            self.answer[layer] = tuple(self.moved(x, rows, T) for x in self.answer[layer])  # type: ignore[assignment]
+        self.size = size
+
+    def moved(self, old: Tensor, rows: int, tokens: int) -> Tensor:
+        """`old` cut or zero-padded to [rows, K, tokens, D]; itself where nothing changes."""
+        if (old.shape[0], old.shape[2]) == (rows, tokens):
+            return old
+        new = self.zeros(rows, tokens)
+        r, t = min(rows, old.shape[0]), min(tokens, old.shape[2])
+        new[:r, :, :t] = old[:r, :, :t]
+        return new
+
+    def move_row(self, source: int, target: int) -> None:
+        """Copy an answer over a finished one, so that the rows in use stay the first ones."""
+        for pair in self.answer:
+            for x in pair:
+                x[target] = x[source]
+
+    def move_group(self, source: int, target: int) -> None:
+        """The same for a prompt."""
+        for pair in self.prompt:
+            for x in pair:
+                x[target] = x[source]
+
+
+@dataclass(frozen=True)
+class PrefillLayout:
+    """Prompts attend to themselves, and their keys and values go into the cache at `first`, `first` + 1, ..."""
+
+    cache: GroupCache
+    prompt_PS: Tensor
+    back_N: Tensor
+    first: int
+
+    def attend(self, layer: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, scaling: float) -> Tensor:
+        """See `model.Layout`."""
+        q, k, v = (rectangle(x, self.prompt_PS) for x in (q_NHD, k_NKD, v_NKD))
+        P, S = self.prompt_PS.shape
+        for kept, new in zip(self.cache.prompt[layer], (k, v), strict=True):
+            kept[self.first : self.first + P, :, :S] = new
+        out_PHSD = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
+        return out_PHSD.transpose(1, 2).flatten(0, 1)[self.back_N]
+
+
+@dataclass(frozen=True)
+class DecodeLayout:
+    """One new token of every row attends to its prompt and to its own answer so far.
+
+    `row_PG` says which row stands where in its group (padding: row 0, never read back), `place_R` where a row stands in
+    `row_PG`, `length_R` how many of its tokens are cached, the masks what is hidden from a row in both blocks.
+    """
+
+    cache: GroupCache
+    row_PG: Tensor
+    place_R: Tensor
+    length_R: Tensor
+    hidden_R11Z: Tensor
+    S: int
+
+    def attend(self, layer: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, scaling: float) -> Tensor:
+        """See `model.Layout`. The prompt block is one matrix product a group, over all of its answers."""
+        R, P, T = len(q_NHD), len(self.row_PG), self.hidden_R11Z.shape[-1] - self.S
+        keys_RKTD, values_RKTD = (x[:R] for x in self.cache.answer[layer])
+        at = (torch.arange(R, device=q_NHD.device), slice(None), self.length_R)
+        keys_RKTD[at], values_RKTD[at] = k_NKD, v_NKD
+        prompt_keys, prompt_values = (x[:P, :, : self.S] for x in self.cache.prompt[layer])
+        q_RKQD = (q_NHD * scaling).unflatten(1, (k_NKD.shape[1], -1))
+        prompt_RKQS = self.by_row(self.by_group(q_RKQD) @ prompt_keys.transpose(-1, -2), q_RKQD.shape[2])
+        own_RKQT = q_RKQD @ keys_RKTD[:, :, :T].transpose(-1, -2)
+        scores_RKQZ = torch.cat([prompt_RKQS, own_RKQT], dim=-1).masked_fill(self.hidden_R11Z, float("-inf"))
+        weights_RKQZ = scores_RKQZ.softmax(-1, dtype=torch.promote_types(q_NHD.dtype, torch.float32)).to(q_NHD.dtype)
+        prompt_RKQD = self.by_row(self.by_group(weights_RKQZ[..., : self.S]) @ prompt_values, q_RKQD.shape[2])
+        return (prompt_RKQD + weights_RKQZ[..., self.S :] @ values_RKTD[:, :, :T]).flatten(1, 2)
+
+    def by_group(self, x_RKQX: Tensor) -> Tensor:
+        """[R, K, Q, X] as [P, K, G * Q, X]."""
+        return x_RKQX[self.row_PG].transpose(1, 2).flatten(2, 3)
+
+    def by_row(self, x_PKYX: Tensor, Q: int) -> Tensor:
+        """[P, K, G * Q, X] back as [R, K, Q, X]."""
+        P, K, _, X = x_PKYX.shape
+        return x_PKYX.view(P, K, -1, Q, X).transpose(1, 2).flatten(0, 1)[self.place_R]
+
+
+class Engine:
+    """The groups being decoded. `groups` and `rows` stand in the order of the cache's slots and rows."""
+
+    def __init__(
+        self, lm: PreTrainedModel, n: int, max_new: int, temperature: float, eos: frozenset[int], budget: int | None
+    ) -> None:
+        """Nothing is computed yet."""
+        self.lm, self.n, self.max_new, self.temperature, self.eos, self.budget = lm, n, max_new, temperature, eos, budget
+        self.cache = GroupCache(lm)
+        self.groups: list[Job] = []
+        self.rows: list[Row] = []
+        self.clock = itertools.count()
+        self.born: dict[int, int] = {}  # when a job was last admitted
+        self.hold = False  # after a drop: admit nobody until a group has finished
+
+    def run(self, jobs: list[Job], bar: Any) -> list[list[Completion]]:
+        """Answer every job."""
+        for job in jobs:
+            self.check_fits(job)
+        queue = deque(jobs)
+        done: dict[tuple[int, int], Completion] = {}
+        tokens = 0
+        while queue or self.rows:
+            self.admit(queue)
+            for row in self.retire():
+                done[row.job.index, row.answer] = Completion(tuple(row.ids), tuple(row.logprobs), row.ids[-1] in self.eos)
+                tokens += len(row.ids)
+                bar.update()
+                bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):.0f} tokens/s", refresh=False)
+            if self.rows:
+                self.make_room(queue)
+                self.step()
+        return [[done[job.index, answer] for answer in range(self.n)] for job in jobs]
+
+    def check_fits(self, job: Job) -> None:
+        """Raise `UserError` if the group of this job could not be finished even alone."""
+        need = self.cache.cost((1, bucket(len(job.prompt)), self.n, bucket(self.max_new)))
+        if self.budget is not None and need > self.budget:
+            what = f"{self.n} answers of {self.max_new} tokens to a prompt of {len(job.prompt)}"
+            raise UserError(f"kv_budget of {self.budget:,} bytes: {what} need {need:,}; raise --kv_budget or lower --n")
+
+    def fits(self, size: Size) -> bool:
+        """Whether a capacity keeps to the budget."""
+        return self.budget is None or self.cache.cost(size) <= self.budget
+
+    def needed(self, groups: Sequence[Job], rows: int) -> Size:
+        """The capacity for these groups and so many rows, one more token each."""
+        longest = max((len(row.ids) for row in self.rows), default=1)
+        return len(groups), bucket(max(len(job.prompt) for job in groups)), rows, bucket(longest)
+
+    def admit(self, queue: deque[Job]) -> None:
+        """Take prompts from the queue while rows and budget allow, compute them, and draw the first token of each answer."""
+        new: list[Job] = []
+        while queue and not self.hold and (not (self.groups or new) or len(self.rows) + self.n * (len(new) + 1) <= MAX_ROWS):
+            need = self.needed([*self.groups, *new, queue[0]], len(self.rows) + self.n * (len(new) + 1))
+            if self.capacity(need) is None:
+                break
+            new.append(queue.popleft())
+        while new:
+            pack = [new.pop(0)]
+            while new and sum(len(job.prompt) for job in [*pack, new[0]]) <= PREFILL_TOKENS:
+                pack.append(new.pop(0))
+            self.prefill(pack)
+
+    def prefill(self, jobs: list[Job]) -> None:
+        """Compute prompts in one stream, keep their keys and values, start their answers."""
+        first = len(self.groups)
+        self.groups += jobs
+        self.born |= {job.index: next(self.clock) for job in jobs}
+        size = self.capacity(self.needed(self.groups, len(self.rows) + self.n * len(jobs)))
+        assert size is not None  # `admit` looked
+        self.cache.resize(size)
+        lengths = [len(job.prompt) for job in jobs]
+        ends = torch.tensor(lengths).cumsum(0)
+        prompt_PS = pad([range(end - length, end) for end, length in zip(ends.tolist(), lengths, strict=True)])
+        back = [row * prompt_PS.shape[1] + s for row, length in enumerate(lengths) for s in range(length)]
+        layout = PrefillLayout(self.cache, self.on_device(prompt_PS), self.on_device(torch.tensor(back)), first)
+        positions = [s for length in lengths for s in range(length)]
+        hidden_ND = self.forward([token for job in jobs for token in job.prompt], positions, layout)
+        logits_PV = self.head(hidden_ND[self.on_device(ends - 1)])
+        rows = [Row(job, answer) for job in jobs for answer in range(self.n)]
+        self.rows += rows
+        self.extend(rows, logits_PV.repeat_interleave(self.n, 0))
+
+    def step(self) -> None:
+        """One more token for every row."""
+        hidden_RD = self.forward(
+            [row.ids[-1] for row in self.rows],
+            [len(row.job.prompt) + len(row.ids) - 1 for row in self.rows],
+            self.layout(),
+        )
+        self.extend(self.rows, self.head(hidden_RD))
+
+    def layout(self) -> DecodeLayout:
+        """Where the rows stand in their groups, and what each of them sees."""
+        slot = {job.index: p for p, job in enumerate(self.groups)}
+        members: list[list[int]] = [[] for _ in self.groups]
+        for r, row in enumerate(self.rows):
+            members[slot[row.job.index]].append(r)
+        row_PG = pad(members)
+        place = {r: p * row_PG.shape[1] + g for p, group in enumerate(members) for g, r in enumerate(group)}
+        prompt_R = torch.tensor([len(row.job.prompt) for row in self.rows])
+        length_R = torch.tensor([len(row.ids) - 1 for row in self.rows])
+        S, T = int(prompt_R.max()), int(length_R.max()) + 1
+        hidden_RZ = torch.cat(
+            [torch.arange(S) >= prompt_R[:, None], torch.arange(T) > length_R[:, None]], dim=1
+        )
+        place_R = torch.tensor([place[r] for r in range(len(self.rows))])
+        moved = [self.on_device(x) for x in (row_PG, place_R, length_R, hidden_RZ[:, None, None])]
+        return DecodeLayout(self.cache, moved[0], moved[1], moved[2], moved[3], S)
+
+    def extend(self, rows: Sequence[Row], logits_RV: Tensor) -> None:
+        """Draw the next token of each row."""
+        numbers = [uniform(row.job.key, row.answer, len(row.ids)) for row in rows] if self.temperature else []
+        for row, token, logp in zip(rows, *draw(logits_RV, self.temperature, numbers), strict=True):
+            row.ids.append(token)
+            row.logprobs.append(logp)
+
+    def retire(self) -> list[Row]:
+        """Take finished answers out, and groups without answers; the last ones move into their places."""
+        finished = [row for row in self.rows if row.ids[-1] in self.eos or len(row.ids) == self.max_new]
+        for row in finished:
+            swap_out(self.rows, row, self.cache.move_row)
+        alive = {row.job.index for row in self.rows}
+        for job in [job for job in self.groups if job.index not in alive]:
+            swap_out(self.groups, job, self.cache.move_group)
+            self.hold = False
+        return finished
+
+    def make_room(self, queue: deque[Job]) -> None:
+        """Capacity for one more token a row; over the budget, the youngest group goes back to the queue."""
+        while (size := self.capacity(self.needed(self.groups, len(self.rows)))) is None:
+            job = max(self.groups, key=lambda job: self.born[job.index])
+            queue.appendleft(job)
+            for row in [row for row in self.rows if row.job is job]:
+                swap_out(self.rows, row, self.cache.move_row)
+            swap_out(self.groups, job, self.cache.move_group)
+            self.hold = True
+        self.cache.resize(size)
+
+    def capacity(self, need: Size) -> Size | None:
+        """The capacity to move to: today's if it is enough, else grown, else as tight as the need; None if over budget."""
+        grown = tuple(map(max, need, self.cache.size))
+        return next((size for size in (grown, need) if self.fits(size)), None)  # type: ignore[arg-type,return-value]
+
+    def forward(self, ids: Sequence[int], positions: Sequence[int], layout: PrefillLayout | DecodeLayout) -> Tensor:
+        """Hidden states [N, D] of a stream of tokens."""
+        body: Any = self.lm.base_model
+        ids_1N, positions_1N = (self.on_device(torch.tensor(x))[None] for x in (ids, positions))
+        hidden_1ND: Tensor = body(
+            input_ids=ids_1N, position_ids=positions_1N, use_cache=False, layout=layout
+        ).last_hidden_state
+        return hidden_1ND[0]
+
+    def head(self, hidden_RD: Tensor) -> Tensor:
+        """Logits [R, V]."""
+        logits_RV: Tensor = self.lm.get_output_embeddings()(hidden_RD)
+        return logits_RV
+
+    def on_device(self, x: Tensor) -> Tensor:
+        """`x` where the weights are."""
+        return x.to(self.cache.like.device)
+
+
+def bucket(tokens: int) -> int:
+    """`tokens` rounded up to what the cache grows by."""
+    return -(-tokens // BUCKET) * BUCKET
+
+
+def swap_out(items: list[Any], item: Any, move: Callable[[int, int], None]) -> None:
+    """Remove an item; the last one takes its place, here and in the cache."""
+    index, last = items.index(item), len(items) - 1
+    if index != last:
+        move(last, index)
+        items[index] = items[last]
+    items.pop()

@@ -1,0 +1,402 @@
+"""A run folder: what a run writes, so that nothing is lost whatever happens, and how it goes on.
+
+    config.json          the settings, the schedule (S steps an iteration, T in all), versions
+    metrics.jsonl        a line a step, a stage's end, an evaluation
+    rollouts/            iteration-K.jsonl, a line a group: all that an audit needs
+    buffer.jsonl         a line a kept answer and the new sample made of it, in the order of the steps
+    cold_start.jsonl     the answers of the cold start; selfemo_test.jsonl, the frozen SELF-EMO test split (D23)
+    checkpoints/         the newest complete one; model/, the result as an ordinary Hugging Face folder
+
+Every random draw of a run is a hash of seed and place (rollout.uniform, selfemo.shuffled), so the position in the run IS the
+state of its random numbers. Files that grow are cut back to the checkpoint's offsets on resume.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from data import Failure, Output, Sample, Selection, UserError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from model import Group, Policy
+from world import Answer
+
+Record = dict[str, Any]
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop; everything is saved."""
+
+
+@dataclass(frozen=True)
+class ScoredGroup:
+    """The n answers to one prompt with everything Eqs. 8-13 say about them."""
+
+    sample: Sample
+    prompt_ids: tuple[int, ...]
+    answers: tuple[Answer, ...]
+    rewards: tuple[float, ...]
+    core: Mapping[str, float]
+    consistencies: tuple[float, ...]
+    advantages: tuple[float, ...]
+    selection: Selection
+
+    @property
+    def group(self) -> Group:
+        """What the policy is trained on: token ids, never text."""
+        return Group(self.prompt_ids, [answer.ids for answer in self.answers])
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a run has come: `stage` 0 cold start, 2k-1 RL and 2k SFT of iteration k; `step` steps of it are done.
+
+    `updates` counts optimizer steps since the start: the version of the weights.
+    """
+
+    stage: int = 0
+    step: int = 0
+    updates: int = 0
+
+
+def parse_record(parse: Output | Failure) -> Record:
+    """What a rollout record says of a parsed answer; `reason` is null where the rule holds."""
+    if isinstance(parse, Failure):
+        return {"reason": parse.reason, "detail": parse.detail}
+    return {
+        "reason": None,
+        "last_emotions": dict(parse.last_emotions),
+        "my_emotions": dict(parse.my_emotions),
+        "my_output": parse.my_output,
+    }
+
+
+def group_record(scored: ScoredGroup, *, step: int, iteration: int, lam: float, version: int) -> Record:
+    """The line of rollouts/*.jsonl for one group; floats keep their float64 repr, `sha256` covers the rest of the line."""
+    sample = scored.sample
+    columns = zip(scored.answers, scored.rewards, scored.consistencies, scored.advantages, strict=True)
+    record: Record = {
+        "step": step,
+        "iteration": iteration,
+        "sample_id": sample.id,
+        "dataset": sample.dataset,
+        "origin": sample.origin,
+        "parent": sample.parent,
+        "depth": sample.depth,
+        "responder": asdict(sample.responder),
+        "labels": list(sample.labels),
+        "gold": dict(sample.gold),
+        "prompt_ids": list(scored.prompt_ids),
+        "lam": lam,
+        "core": dict(scored.core),
+        "weights_version": version,
+        "answers": [
+            {
+                "index": index,
+                "ids": list(answer.ids),
+                "text": answer.text,
+                "finished": answer.finished,
+                "logprobs": list(answer.logprobs),
+                "parse": parse_record(answer.parse),
+                "reward": reward,
+                "consistency": consistency,
+                "advantage": advantage,
+            }
+            for index, (answer, reward, consistency, advantage) in enumerate(columns)
+        ],
+        "selected": scored.selection.index,
+        "why": scored.selection.why,
+    }
+    return {**record, "sha256": digest(record)}
+
+
+def digest(record: Mapping[str, Any]) -> str:
+    """SHA-256 of a record's canonical JSON, its own `sha256` left out."""
+    rest = {name: value for name, value in record.items() if name != "sha256"}
+    text = json.dumps(rest, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_lines(path: Path) -> list[Record]:
+    """The records of a JSONL file; [] where it does not exist. Raises `UserError` at a broken line."""
+    if not path.exists():
+        return []
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            raise UserError(f"{path} line {number} is not JSON ({error}); restore the file or delete the run") from error
+    return records
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write aside, sync, rename: the file is the old one or the new one, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.tmp")
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Make renames in a folder durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def jsonl(records: Sequence[Mapping[str, Any]]) -> str:
+    """Records as JSON lines. NaN and infinities are refused (ValueError): no line may hold what JSON cannot say."""
+    return "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
+
+
+class Run:
+    """The folder of one run. Use `open_run`."""
+
+    def __init__(self, out: Path, settings: Record, position: Position, offsets: Mapping[str, int]) -> None:
+        """Cut the growing files back to `offsets` and go on from `position`."""
+        self.out, self.settings, self.position = out, settings, position
+        self.offsets: dict[str, int] = dict(offsets)
+        self.loaded = newest_checkpoint(out)
+        self.stop_asked = False
+        self.notes: Record = {}
+        self.board = tensorboard(out)
+        self.started = time.monotonic()
+        for path in [out / "metrics.jsonl", out / "buffer.jsonl", *sorted((out / "rollouts").glob("*.jsonl"))]:
+            if path.exists():
+                os.truncate(path, self.offsets.get(str(path.relative_to(out)), 0))
+
+    def append(self, name: str, records: Sequence[Mapping[str, Any]]) -> None:
+        """Add lines to a growing file of the run."""
+        path = self.out / name
+        path.parent.mkdir(exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(jsonl(records))
+        self.offsets[name] = path.stat().st_size
+
+    def log(self, phase: str, iteration: int, metrics: Mapping[str, Any], step: int) -> None:
+        """One line of metrics.jsonl (and TensorBoard where it is installed)."""
+        metrics, self.notes = {**metrics, **self.notes}, {}
+        self.append("metrics.jsonl", [{"step": step, "iteration": iteration, "phase": phase, **metrics}])
+        if self.board is not None:
+            for name, value in metrics.items():
+                if isinstance(value, int | float):
+                    self.board.add_scalar(name, value, step)
+
+    def note(self, values: Mapping[str, Any]) -> None:
+        """Measurements that belong to the next line of metrics.jsonl."""
+        self.notes |= values
+
+    def say(self, line: str) -> None:
+        """A line for the person who watches, with the time since the start."""
+        print(f"[{time.monotonic() - self.started:6.1f} s] {line}", flush=True)
+
+    def count_update(self) -> None:
+        """An optimizer step was made."""
+        self.position = replace(self.position, updates=self.position.updates + 1)
+
+    @contextmanager
+    def signals(self) -> Iterator[None]:
+        """SIGTERM and SIGINT ask the run to save and stop after this step; a second one stops it at once."""
+
+        def ask(number: int, frame: object) -> None:
+            if self.stop_asked:
+                raise KeyboardInterrupt
+            self.stop_asked = True
+            print("\nsaving after this step; once more to stop at once", file=sys.stderr, flush=True)
+
+        before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def open_run(out: Path, settings: Record, *, resume: bool, may_differ: frozenset[str]) -> Run:
+    """Start a run in an empty folder, or go on from its newest checkpoint.
+
+    Raises `UserError` if the folder holds a run and `resume` is not set, or if settings that change results differ.
+    """
+    config = out / "config.json"
+    if not config.exists():
+        if out.exists() and any(out.iterdir()):
+            raise UserError(f"{out} is not empty and holds no run: give another --out")
+        write_atomically(config, json.dumps(settings, indent=1) + "\n")
+        return Run(out, settings, Position(), {})
+    if not resume:
+        raise UserError(f"{out} holds a run already: add --resume to go on with it, or give another --out")
+    known = read_json(config)
+    changed = [k for k in {**known, **settings} if k not in may_differ and known.get(k) != settings.get(k)]
+    if changed:
+        pairs = ", ".join(f"{k} was {known.get(k)!r}, is {settings.get(k)!r}" for k in changed)
+        raise UserError(f"{out} was started with other settings ({pairs}): use those, or give another --out")
+    checkpoint = newest_checkpoint(out)
+    if checkpoint is None:
+        return Run(out, settings, Position(), {})
+    state = read_json(checkpoint / "state.json")
+    return Run(out, settings, Position(**state["position"]), state["offsets"])
+
+
+def read_json(path: Path) -> Record:
+    """A JSON object from a file. Raises `UserError` with the path where that fails."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object")
+    return value
+
+
+def tensorboard(out: Path) -> Any:
+    """A TensorBoard writer, or None where the package is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(out / "tensorboard"))  # type: ignore[no-untyped-call]
+
+
+def newest_checkpoint(out: Path) -> Path | None:
+    """The complete checkpoint that is furthest, if there is one. Only a rename makes a folder complete."""
+    found = [p for p in (out / "checkpoints").glob("[0-9]*") if p.is_dir()]
+    return max(found, key=lambda p: tuple(map(int, p.name.split("-"))), default=None)
+
+
+def save_checkpoint(run: Run, tensors: Mapping[str, Mapping[str, Tensor]]) -> Path:
+    """Write weights, reference and moments (one safetensors file each) and the position; the older checkpoint goes."""
+    folder = run.out / "checkpoints"
+    name = f"{run.position.stage:03d}-{run.position.step:06d}"
+    aside = folder / f".{name}.tmp"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    for part, named in tensors.items():
+        save_file({k: v.detach().cpu().contiguous() for k, v in named.items()}, aside / f"{part}.safetensors")
+    state = {"position": asdict(run.position), "offsets": run.offsets, "settings": run.settings}
+    (aside / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+    for path in [*aside.iterdir(), *(run.out / name for name in run.offsets)]:
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+    sync_folder(aside)
+    shutil.rmtree(folder / name, ignore_errors=True)
+    os.rename(aside, folder / name)
+    sync_folder(folder)
+    for old in folder.iterdir():
+        if old.name != name:
+            shutil.rmtree(old, ignore_errors=True)
+    return folder / name
+
+
+def save_weights(path: Path, policy: Policy) -> None:
+    """The policy's parameters as one safetensors file, written aside and renamed."""
+    aside = path.with_name(f".{path.name}.tmp")
+    save_file({name: p.detach().cpu().contiguous() for name, p in weights(policy).items()}, aside)
+    os.replace(aside, path)
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises `UserError` where it cannot be read."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"unreadable checkpoint {path}: {error}; delete {path.parent} and start the run again") from error
+
+
+def weights(policy: Policy) -> dict[str, Tensor]:
+    """The policy's parameters by name; tied ones once."""
+    return dict(policy.named_parameters())
+
+
+@torch.no_grad()
+def load_weights(policy: Policy, tensors: Mapping[str, Tensor]) -> None:
+    """Copy saved parameters into the policy. Raises `UserError` where names or shapes do not fit."""
+    own = weights(policy)
+    if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in tensors.items()}:
+        raise UserError("the checkpoint belongs to another model: give the --model it was made with")
+    for name, parameter in own.items():
+        parameter.copy_(tensors[name])
+
+
+def moments(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state by parameter name, empty before its first step."""
+    return {
+        f"{name}/{key}": value
+        for name, parameter in policy.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_moments(policy: Policy, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Put saved moments back."""
+    parameters = weights(policy)
+    for name, value in tensors.items():
+        parameter, key = name.rsplit("/", 1)
+        home = parameters[parameter].device if value.dim() else value.device
+        optimizer.state[parameters[parameter]][key] = value.to(home)
+
+
+@dataclass(frozen=True)
+class Learner:
+    """What a stage learns with: a fresh AdamW (D26) and, in an RL stage, the frozen reference of the KL (D6)."""
+
+    optimizer: torch.optim.Optimizer
+    reference: Policy | None
+
+
+def stage_steps(
+    run: Run, policy: Policy, stage: int, total: int, make: Callable[[], Learner], save_every: int
+) -> Iterator[tuple[int, Learner]]:
+    """The steps of a stage that are still to be done: 0..total-1, or from where a resumed run stands, or none.
+
+    When the caller asks for the next step, the last one is done: the position moves on, and a checkpoint is written if it
+    is due (every `save_every` steps, at the end of the stage, on a signal). Raises `Stopped` after a signal.
+    """
+    if run.position.stage > stage:
+        return
+    learner = make()
+    if run.position.step and run.loaded is not None:
+        restore(run.loaded, policy, learner)
+    for step in range(run.position.step, total):
+        yield step, learner
+        run.position = replace(run.position, step=step + 1)
+        if run.stop_asked or (step + 1) % save_every == 0:
+            save_checkpoint(run, saved_tensors(policy, learner))
+        if run.stop_asked:
+            raise Stopped
+    run.position = replace(run.position, stage=stage + 1, step=0)
+    save_checkpoint(run, {"weights": weights(policy)})
+    if run.stop_asked:
+        raise Stopped
+
+
+def saved_tensors(policy: Policy, learner: Learner) -> dict[str, Mapping[str, Tensor]]:
+    """What a checkpoint inside a stage holds."""
+    parts: dict[str, Mapping[str, Tensor]] = {"weights": weights(policy), "moments": moments(policy, learner.optimizer)}
+    return parts if learner.reference is None else {**parts, "reference": weights(learner.reference)}
+
+
+def restore(checkpoint: Path, policy: Policy, learner: Learner) -> None:
+    """The stage's optimizer and reference as they were saved (`load_weights` has the policy itself)."""
+    load_moments(policy, learner.optimizer, load_tensors(checkpoint / "moments.safetensors"))
+    if learner.reference is not None:
+        load_weights(learner.reference, load_tensors(checkpoint / "reference.safetensors"))

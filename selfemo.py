@@ -1,0 +1,559 @@
+"""SELF-EMO (arXiv:2604.18003v1), the reference implementation: Algorithm 1 from cold start to the returned policy.
+
+    python selfemo.py --preset toy --out runs/toy           the whole paper on a laptop CPU, offline, in three minutes
+    python selfemo.py --preset small --model DIR ...        a small pretrained model on real data, on a CPU or one GPU
+    python selfemo.py                                       the paper's setting (Qwen3-8B, Table 12)
+
+Where the paper is silent or contradicts itself we decide; every decision (D1-D28) is a row of PAPER.md. The four that
+change a number most: one ratio a token, not a sequence (D2); mean over the tokens of a mini-batch (D3); the sample standard
+deviation + 1e-6 (D5); the cold start learns format from the model's own valid answers (D17).
+
+Read `self_emo` first: it is Algorithm 1. Equations are in grpo.py, prompts and parsing in data.py, sampling in rollout.py.
+Shapes: P prompts, B answers prompt-major, T answer tokens (right-padded).
+"""
+
+import json
+import math
+import os
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import data
+import torch
+import transformers
+from data import Output, Sample, UserError
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+import evaluate
+import metrics
+import toy
+from config import MAY_DIFFER, PRESETS, Config, parse
+from grpo import advantages, clamped_share, consistency, core_emotions, low_var_kl, policy_loss, reward, token_weights
+from model import Group, Policy, quiet_transformers
+from runs import (
+    Learner,
+    Run,
+    ScoredGroup,
+    Stopped,
+    group_record,
+    load_tensors,
+    load_weights,
+    open_run,
+    read_lines,
+    save_weights,
+    stage_steps,
+    weights,
+    write_atomically,
+)
+from world import (
+    COLD_START,
+    EVALUATION,
+    SELF_EMO_TEST,
+    Answer,
+    Buffer,
+    Kept,
+    World,
+    answer,
+    group_by_dataset,
+    open_world,
+    shuffled,
+)
+
+
+def self_emo(run: Run, world: World, policy: Policy) -> Policy:
+    """Algorithm 1. The numbers on the right are its lines; a resumed run skips what is done."""
+    cfg = world.cfg
+    buffer = open_buffer(run, world)                                                     # 1: B <- D0
+    cold_start(run, world, policy)                                                       # 3
+    for k in range(1, cfg.iterations + 1):                                               # 4
+        for step, learner in rl_stage(run, world, policy, k):                            # 5
+            t = (k - 1) * world.S + step
+            x = buffer.draw(k, step, cfg)                                                # 6
+            y = rollout(run, world, policy, x, t)                                        # 7
+            scored = score(world, x, y, world.lam(t), k)                                 # 8: Eqs. 8-13
+            update(run, world, policy, learner, scored, k, t)                            # 9: Eq. 14
+            buffer = buffer.add(select(run, scored, k))                                  # 12-15: Eq. 7
+        retrain(run, world, policy, buffer, k)                                           # 17-18
+    return finish(run, world, policy)                                                    # 20
+
+
+# Line 7
+
+
+def rollout(run: Run, world: World, policy: Policy, samples: Sequence[Sample], t: int) -> list[list[Answer]]:
+    """n answers to each prompt, at the training temperature."""
+    started = time.monotonic()
+    groups = answer(world, policy, samples, n=world.cfg.n, temperature=world.cfg.temperature, step=t)
+    tokens = sum(len(a.ids) for group in groups for a in group)
+    run.note({"rollout/tokens_per_s": tokens / (time.monotonic() - started), "time/rollout_s": time.monotonic() - started})
+    return groups
+
+
+# Line 8
+
+
+def score(
+    world: World, samples: Sequence[Sample], answers: Sequence[Sequence[Answer]], weight: float, k: int
+) -> list[ScoredGroup]:
+    """Rewards, consensus and advantages of every group (Eqs. 8-13), and line 13's choice."""
+    scored = []
+    for sample, group in zip(samples, answers, strict=True):
+        predictions = [a.parse.last_emotions if isinstance(a.parse, Output) else None for a in group]
+        r = [reward(prediction, sample.gold) for prediction in predictions]
+        r2 = consistency(predictions)
+        A = advantages([r], [r2], weight)[0].tolist()
+        selection = choose(world, sample, group, r, k)
+        ids = tuple(world.encode(sample)[0])
+        scored.append(
+            ScoredGroup(sample, ids, tuple(group), tuple(r), core_emotions(predictions), tuple(r2), tuple(A), selection)
+        )
+    return scored
+
+
+def choose(world: World, sample: Sample, group: Sequence[Answer], r: Sequence[float], k: int) -> data.Selection:
+    """Lines 13-14: the best answer, if it is good enough to become a new sample (D11)."""
+    if not world.cfg.self_play:
+        return data.Selection(None, "off", None)
+    parses = [answer.parse for answer in group]
+    return data.select(sample, parses, r, k, keep_reward=world.cfg.keep_reward, fits=world.fits)
+
+
+# Line 9
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Log-probs of every answer of a step, one tensor [tokens] an answer, none with a gradient."""
+
+    old: list[Tensor]
+    ref: list[Tensor]
+
+
+def update(
+    run: Run, world: World, policy: Policy, learner: Learner, scored: Sequence[ScoredGroup], k: int, t: int
+) -> None:
+    """Line 9: the optimizer steps of one RL step, one a mini-batch of prompts; then everything is written down."""
+    cfg, started = world.cfg, time.monotonic()
+    groups = [s.group for s in scored]
+    assert learner.reference is not None
+    old = logprobs(policy, groups, cfg)
+    with borrowed(learner.reference, policy.device, cfg.ref_offload):
+        ref = logprobs(learner.reference, groups, cfg)
+    cold = cold_start_logprobs(run, policy, groups, cfg) if k > 1 and t % cfg.eval_every == 0 else ref if k == 1 else None
+    version = run.position.updates
+    parts = []
+    for first in range(0, len(scored), cfg.mini_batch_prompts):
+        minis = range(first, min(first + cfg.mini_batch_prompts, len(scored)))
+        rows = slice(first * cfg.n, minis.stop * cfg.n)
+        ids = [scored[p].sample.id for p in minis]
+        parts.append(mini_batch(policy, learner, [scored[p] for p in minis], Scores(old[rows], ref[rows]), cfg))
+        check_finite(parts[-1], t, ids)
+        learner.optimizer.step()
+        run.count_update()
+    records = [group_record(s, step=t, iteration=k, lam=world.lam(t), version=version) for s in scored]
+    values = {
+        **metrics.rollout_metrics(records),
+        **metrics.update_metrics(parts),
+        **metrics.logprob_metrics(old, ref, [a.logprobs for s in scored for a in s.answers]),
+        **({} if cold is None else {"policy/kl_cold_start": metrics.kl(old, cold)}),
+        "lam": world.lam(t),
+        "time/update_s": time.monotonic() - started,
+    }
+    run.append(f"rollouts/iteration-{k}.jsonl", records)
+    run.log("rl", k, values, t)
+    run.say(progress_line(t, world.cfg.iterations * world.S, values))
+
+
+def cold_start_logprobs(run: Run, policy: Policy, groups: Sequence[Group], cfg: Config) -> list[Tensor]:
+    """Log-probs under the weights that the cold start left (the reference of iteration 1)."""
+    cold = policy.frozen_copy()
+    load_weights(cold, load_tensors(run.out / COLD_START_WEIGHTS))
+    return logprobs(cold, groups, cfg)
+
+
+def mini_batch(
+    policy: Policy, learner: Learner, scored: Sequence[ScoredGroup], scores: Scores, cfg: Config
+) -> dict[str, float]:
+    """Gradient of Eq. 14 + beta KL over one mini-batch of prompts, in micro-batches that only sum."""
+    lengths = [len(answer.ids) for s in scored for answer in s.answers]
+    weight_BT = token_weights(lengths, cfg.loss_mean, max(lengths)).to(policy.device)
+    truncated_B = torch.tensor([not answer.finished for s in scored for answer in s.answers], device=policy.device)
+    adv_B = torch.tensor([a for s in scored for a in s.advantages], dtype=torch.float64, device=policy.device)
+    learner.optimizer.zero_grad(set_to_none=True)
+    sums: list[dict[str, float]] = []
+    row = 0
+    for part in micro_batches([s.group for s in scored], cfg.micro_batch):
+        rows = slice(row, row := row + sum(len(group.answers) for group in part))
+        logp_BT, entropy_BT = policy(part, temperature=cfg.temperature)
+        old_BT, ref_BT = (pad_sequence(x[rows], batch_first=True) for x in (scores.old, scores.ref))
+        w_BT = weight_BT[rows, : logp_BT.shape[1]].to(logp_BT.dtype)
+        loss, found = policy_loss(logp_BT, old_BT, adv_B[rows], w_BT, clip_eps=cfg.clip_eps, ratio=cfg.ratio)
+        kl = (w_BT * low_var_kl(logp_BT, ref_BT)).sum()
+        (loss + cfg.kl_coef * kl).backward()  # type: ignore[no-untyped-call]  # D1
+        measured = {
+            "loss/policy": loss,
+            "loss/kl": kl,
+            "loss/weight_truncated": w_BT[truncated_B[rows]].sum(),
+            "kl/clamped": clamped_share(logp_BT, ref_BT, w_BT),
+            "policy/entropy": (w_BT * entropy_BT).sum(),
+            **found,
+        }
+        sums.append({name: value.item() for name, value in measured.items()})
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), MAX_GRAD_NORM).item()
+    return {**metrics.added(sums), "grad_norm": norm}
+
+
+MAX_GRAD_NORM = 1.0
+COLD_START_WEIGHTS = "cold_start.safetensors"
+ADAMW: Mapping[str, Any] = {"betas": (0.9, 0.999), "weight_decay": 0.01}
+
+
+def micro_batches(groups: Sequence[Group], size: int) -> Iterator[list[Group]]:
+    """Groups in their order, at most `size` answers at once; a group that is larger is cut and its prompt repeated."""
+    part: list[Group] = []
+    room = size
+    for group in groups:
+        answers = list(group.answers)
+        while answers:
+            if room == 0 or (part and room < min(len(answers), size)):
+                yield part
+                part, room = [], size
+            part.append(Group(group.prompt_ids, answers[:room]))
+            answers, room = answers[room:], room - len(part[-1].answers)
+    if part:
+        yield part
+
+
+@torch.no_grad()
+def logprobs(policy: Policy, groups: Sequence[Group], cfg: Config) -> list[Tensor]:
+    """Log-probs of every answer under the policy as it stands, one tensor [tokens] an answer."""
+    found = []
+    for part in micro_batches(groups, cfg.micro_batch):
+        logp_BT, _ = policy(part, temperature=cfg.temperature)
+        answers = [answer for group in part for answer in group.answers]
+        found += [row[: len(answer)] for row, answer in zip(logp_BT, answers, strict=True)]
+    return found
+
+
+def check_finite(values: Mapping[str, float], t: int, ids: Sequence[str]) -> None:
+    """Raise `NotFinite` before the optimizer would train on a NaN or an infinity."""
+    bad = [name for name, value in values.items() if not math.isfinite(value)]
+    if bad:
+        raise NotFinite(f"{', '.join(bad)} is not finite at RL step {t}; prompts of the mini-batch: {', '.join(ids)}")
+
+
+class NotFinite(Exception):
+    """A NaN or an infinity, with the step and the sample ids; nothing was trained on it."""
+
+
+@contextmanager
+def borrowed(reference: Policy, device: torch.device, offload: bool) -> Iterator[None]:
+    """The reference beside the policy for the length of a block; in main memory outside of it if offloaded."""
+    reference.to(device)
+    yield
+    if offload:
+        reference.to("cpu")
+
+
+# Lines 12-15
+
+
+def select(run: Run, scored: Sequence[ScoredGroup], k: int) -> list[Kept]:
+    """The kept answers of a step, also written to buffer.jsonl; they are drawn from the next iteration on."""
+    kept = [
+        Kept(k, s.sample.id, s.prompt_ids, s.answers[s.selection.index].ids, s.selection.child)
+        for s in scored
+        if s.selection.index is not None and s.selection.child is not None
+    ]
+    run.append("buffer.jsonl", [{**vars(x), "child": data.sample_record(x.child)} for x in kept])
+    return kept
+
+
+def open_buffer(run: Run, world: World) -> Buffer:
+    """Line 1, and what a resumed run had kept."""
+    lines = read_lines(run.out / "buffer.jsonl")
+    return Buffer(world.originals, tuple(
+        Kept(x["iteration"], x["sample_id"], tuple(x["prompt_ids"]), tuple(x["ids"]), data.sample_from_record(x["child"]))
+        for x in lines
+    ))
+
+
+# Lines 3 and 17-18: supervised fine-tuning
+
+
+@dataclass(frozen=True)
+class Example:
+    """One answer to learn: the prompt is masked, the stop token is learned."""
+
+    sample_id: str
+    prompt_ids: tuple[int, ...]
+    ids: tuple[int, ...]
+
+
+def cold_start(run: Run, world: World, policy: Policy) -> None:
+    """Line 3 (D17)."""
+    if run.position.stage == 0:
+        if run.position.step == 0:
+            evaluate_dev(run, world, policy, 0, 0, "start")
+        sft(run, world, policy, 0, cold_examples(run, world, policy), world.cfg.cold_start_lr)
+
+
+def cold_examples(run: Run, world: World, policy: Policy) -> list[Example]:
+    """What the cold start learns, kept in cold_start.jsonl: one answer an original sample, where there is a valid one."""
+    path = run.out / "cold_start.jsonl"
+    if not path.exists():
+        makers = {"self": own_answers, "dataset": templates, "none": lambda world, policy: []}
+        examples = makers[world.cfg.cold_start](world, policy)
+        run.say(f"cold start ({world.cfg.cold_start}): {len(examples)} answers to {len(world.originals)} prompts")
+        write_atomically(path, "".join(json.dumps(asdict(x)) + "\n" for x in examples))
+    return [Example(x["sample_id"], tuple(x["prompt_ids"]), tuple(x["ids"])) for x in read_lines(path)]
+
+
+def own_answers(world: World, policy: Policy) -> list[Example]:
+    """The start model's own answers that keep the rule; gold is not looked at."""
+    groups = answer(world, policy, world.originals, n=1, temperature=world.cfg.temperature, step=COLD_START)
+    examples = [
+        Example(sample.id, tuple(world.encode(sample)[0]), group[0].ids)
+        for sample, group in zip(world.originals, groups, strict=True)
+        if isinstance(group[0].parse, Output)
+    ]
+    if not examples:
+        raise UserError("the start model keeps the rule in none of its answers: take --cold_start dataset")
+    return examples
+
+
+def templates(world: World, policy: Policy) -> list[Example]:
+    """Gold, the real next turn and its label in a template: teaches the format to a small model."""
+    stop = min(world.eos)
+    examples = []
+    for sample in world.originals:
+        target = data.dataset_target(sample)
+        if target is not None:
+            prompt, prefix = world.encode(sample)
+            ids = world.tokenizer(target.removeprefix(prefix), add_special_tokens=False)["input_ids"]
+            examples.append(Example(sample.id, tuple(prompt), (*ids, stop)))
+    return [x for x in examples if len(x.ids) <= world.cfg.max_new_tokens]
+
+
+def retrain(run: Run, world: World, policy: Policy, buffer: Buffer, k: int) -> None:
+    """Lines 17-18: learn the answers that selection kept (D12, D13). Without self-play there are none (D27)."""
+    if run.position.stage > 2 * k:
+        return
+    if run.position.step == 0:
+        evaluate_dev(run, world, policy, k, k * world.S, f"after RL {k}")
+        run.log("sft", k, metrics.buffer_metrics([x.child for x in buffer.kept if x.iteration == k], world.originals), 0)
+    kept = [x for x in buffer.kept if x.iteration == k or world.cfg.retrain_from == "base"]
+    newest = {x.sample_id: Example(x.sample_id, x.prompt_ids, x.ids) for x in kept}
+    if world.cfg.retrain_from == "base" and world.cfg.self_play:
+        newest = {x.sample_id: x for x in cold_examples(run, world, policy)} | newest
+    sft(run, world, policy, 2 * k, list(newest.values()), world.cfg.sft_lr)
+
+
+def sft(run: Run, world: World, policy: Policy, stage: int, examples: Sequence[Example], lr: float) -> None:
+    """One epoch of supervised fine-tuning (D26), as stage number `stage` of the run."""
+    cfg = world.cfg
+    order = shuffled(examples, f"{cfg.seed}/sft/{stage}")
+
+    def make() -> Learner:
+        if stage > 0 and cfg.retrain_from == "base" and run.position.step == 0:
+            load_weights(policy, weights(Policy.load(cfg.model, device=policy.device)))
+        return Learner(adamw(policy, lr), None)
+
+    for step, learner in stage_steps(run, policy, stage, math.ceil(len(order) / cfg.sft_batch), make, cfg.save_every):
+        batch = order[step * cfg.sft_batch : (step + 1) * cfg.sft_batch]
+        values = sft_step(policy, learner, batch, cfg)
+        check_finite(values, step, [x.sample_id for x in batch])
+        learner.optimizer.step()
+        run.count_update()
+        run.log("sft", stage // 2, values, step)
+
+
+def sft_step(policy: Policy, learner: Learner, batch: Sequence[Example], cfg: Config) -> dict[str, float]:
+    """Gradient of the mean negative log-prob of the tokens of a batch."""
+    lengths = [len(x.ids) for x in batch]
+    weight_BT = token_weights(lengths, "token", max(lengths)).to(policy.device)
+    learner.optimizer.zero_grad(set_to_none=True)
+    total, row = 0.0, 0
+    for part in micro_batches([Group(x.prompt_ids, [x.ids]) for x in batch], cfg.micro_batch):
+        logp_BT, _ = policy(part)
+        loss = -(weight_BT[row : row + len(part), : logp_BT.shape[1]].to(logp_BT.dtype) * logp_BT).sum()
+        loss.backward()
+        total, row = total + loss.item(), row + len(part)
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), MAX_GRAD_NORM).item()
+    return {"loss/sft": total, "grad_norm": norm}
+
+
+def adamw(policy: Policy, lr: float) -> torch.optim.AdamW:
+    """A fresh optimizer; every stage has its own (D26)."""
+    return torch.optim.AdamW(policy.parameters(), lr=lr, **ADAMW)
+
+
+def rl_stage(run: Run, world: World, policy: Policy, k: int) -> Iterator[tuple[int, Learner]]:
+    """The RL steps of iteration k that are still to be done, with evaluations between them."""
+    cfg = world.cfg
+
+    def make() -> Learner:
+        if k == 1 and run.position.step == 0:
+            save_weights(run.out / COLD_START_WEIGHTS, policy)
+        reference = policy.frozen_copy()  # D6
+        return Learner(adamw(policy, cfg.lr), reference.to("cpu") if cfg.ref_offload else reference)
+
+    for step, learner in stage_steps(run, policy, 2 * k - 1, world.S, make, cfg.save_every):
+        t = (k - 1) * world.S + step
+        if step == 0:
+            evaluate_dev(run, world, policy, k, t, "after the cold start" if k == 1 else f"after SFT {k - 1}")
+        elif t % cfg.eval_every == 0:
+            evaluate_dev(run, world, policy, k, t, f"RL step {t}")
+        yield step, learner
+
+
+def finish(run: Run, world: World, policy: Policy) -> Policy:
+    """Line 20: the model after the last SFT; scored on dev and, once in a run, on test; exported and reloaded."""
+    cfg = world.cfg
+    T = cfg.iterations * world.S
+    make = lambda: Learner(adamw(policy, 0.0), None)  # noqa: E731  (nothing is trained here)
+    for _ in stage_steps(run, policy, 2 * cfg.iterations + 1, 1, make, cfg.save_every):
+        evaluate_dev(run, world, policy, cfg.iterations, T, f"after SFT {cfg.iterations}")
+        evaluation(run, world, policy, group_by_dataset(world.test), cfg.iterations, T, "test", "test")
+        export(run.out / "model", world, policy)
+    return policy
+
+
+def export(folder: Path, world: World, policy: Policy) -> None:
+    """The policy as a Hugging Face folder, checked by opening it again. Raises RuntimeError if it says other things."""
+    aside = folder.with_name(".model.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    policy.export(aside, world.tokenizer)
+    prompt, _ = world.encode(world.originals[0])
+    group = [Group(prompt, [sorted(world.eos)])]
+    with torch.no_grad():
+        same = torch.equal(policy(group)[0], Policy.load(aside, device=policy.device)(group)[0])
+    if not same:
+        raise RuntimeError(f"{aside} does not reload with equal log-probs")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.rename(aside, folder)
+
+
+# Evaluation
+
+
+def evaluate_dev(run: Run, world: World, policy: Policy, k: int, t: int, when: str) -> None:
+    """Scores on dev and, once there is one, on the SELF-EMO test split (D23)."""
+    sets = group_by_dataset(world.dev)
+    if run.position.stage > 0:
+        sets["selfemo"] = self_emo_test(run, world, policy)
+    evaluation(run, world, policy, sets, k, t, "eval", when)
+
+
+def evaluation(
+    run: Run, world: World, policy: Policy, sets: Mapping[str, Sequence[Sample]], k: int, t: int, name: str, when: str
+) -> None:
+    """One line of metrics: every set at every temperature, `name/<set>/acc` and so on, `@T` beside the first one."""
+    values: dict[str, Any] = {"when": when}
+    for temperature in world.cfg.eval_temperatures:
+        mark = "" if temperature == world.cfg.eval_temperatures[0] else f"@{temperature:g}"
+        for label, samples in sets.items():
+            if samples:
+                answers = [g[0] for g in answer(world, policy, samples, n=1, temperature=temperature, step=EVALUATION)]
+                scores = evaluate.score(samples, [a.parse for a in answers])
+                values |= scores.metrics(f"{name}/{label}{mark}/")
+                values |= task_entropies(world, policy, samples, answers, f"{name}/{label}{mark}/entropy/")
+    run.log("eval", k, values, t)
+    run.say(f"{when}: " + ", ".join(f"{n} {v:.3f}" for n, v in values.items() if n.endswith(("/acc", "/iou", "rule_rate"))))
+
+
+@torch.no_grad()
+def task_entropies(
+    world: World, policy: Policy, samples: Sequence[Sample], answers: Sequence[Answer], prefix: str
+) -> dict[str, float]:
+    """Mean token entropies of recognition, self-emotion and response over the valid answers (Fig. 6b)."""
+    pairs = [(world.encode(s), a) for s, a in zip(samples, answers, strict=True) if isinstance(a.parse, Output)]
+    found = []
+    for first in range(0, len(pairs), world.cfg.micro_batch):
+        part = pairs[first : first + world.cfg.micro_batch]
+        _, entropy_BT = policy([Group(prompt, [a.ids]) for (prompt, _), a in part])
+        for (encoded, a), entropy_T in zip(part, entropy_BT.tolist(), strict=True):
+            assert isinstance(a.parse, Output)
+            found.append(evaluate.task_entropies(entropy_T, a.ids, world.tokenizer, encoded[1], a.parse.spans))
+    return metrics.means(found, prefix)
+
+
+def self_emo_test(run: Run, world: World, policy: Policy) -> list[Sample]:
+    """The SELF-EMO test split: one valid answer to each dev sample made a new sample, once, after the cold start (D23)."""
+    path = run.out / "selfemo_test.jsonl"
+    if not path.exists():
+        groups = answer(world, policy, world.dev, n=1, temperature=world.cfg.temperature, step=SELF_EMO_TEST)
+        parsed = [(s, g[0].parse) for s, g in zip(world.dev, groups, strict=True)]
+        made = [data.new_sample(s, parse, 0) for s, parse in parsed if isinstance(parse, Output)]
+        children = [child for child in made if isinstance(child, Sample) and world.fits(child)]
+        write_atomically(path, "".join(json.dumps(data.sample_record(c), ensure_ascii=False) + "\n" for c in children))
+    return [data.sample_from_record(line) for line in read_lines(path)]
+
+
+def progress_line(t: int, T: int, values: Mapping[str, Any]) -> str:
+    """What a person wants to see of an RL step."""
+    names = {
+        "reward/mean": "reward", "reward/iou": "iou", "consistency/mean": "consistency", "rule/rate": "rule",
+        "policy/entropy": "entropy", "policy/kl": "kl", "clip_frac": "clip", "rollout/tokens_per_s": "tokens/s",
+    }
+    return f"step {t + 1}/{T}  " + "  ".join(f"{short} {values[name]:.3g}" for name, short in names.items() if name in values)
+
+
+
+
+def train(cfg: Config) -> None:
+    """One run from start to end, or from its newest checkpoint to the end."""
+    if cfg.preset == "toy" and not Path(cfg.model).exists() and cfg.model == PRESETS["toy"].model:
+        print("building the toy world in data/toy (once)", flush=True)
+        toy.build()
+    quiet_transformers()
+    world = open_world(cfg)
+    settings = {**asdict(cfg), "S": world.S, "T": cfg.iterations * world.S, "versions": versions()}
+    run = open_run(Path(cfg.out), json.loads(json.dumps(settings)), resume=cfg.resume, may_differ=MAY_DIFFER)
+    policy = Policy.load(cfg.model, device="cuda" if torch.cuda.is_available() else "cpu")
+    if run.loaded is not None:
+        load_weights(policy, load_tensors(run.loaded / "weights.safetensors"))
+        run.say(f"going on from {run.loaded}")
+    with run.signals():
+        self_emo(run, world, policy)
+    run.say(f"done: the model is in {run.out / 'model'}; check the run with: python evaluate.py audit {run.out}")
+
+
+def versions() -> dict[str, str]:
+    """What the numbers of a run were made with."""
+    names = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
+    return {**names, "threads": str(torch.get_num_threads())}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command line. 0: done, or saved after a signal; 2: a mistake of the user's; 3: a number was not finite."""
+    again = shlex.join(["python", "selfemo.py", *(a for a in argv if a != "--resume"), "--resume"])
+    try:
+        train(parse(argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Stopped:
+        print(f"saved; go on with: {again}")
+    except KeyboardInterrupt:
+        print(f"stopped at once; go on from the last checkpoint with: {again}", file=sys.stderr)
+        return 130
+    except NotFinite as error:
+        print(f"error: {error}; nothing was trained on it; lower --lr and go on with: {again}", file=sys.stderr)
+        return 3
+    except OSError as error:
+        print(f"error: {error.strerror or error}: {error.filename or ''}; the last checkpoint is whole: {again}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

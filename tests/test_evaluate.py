@@ -1,0 +1,272 @@
+"""Metrics worked by hand, then held against scikit-learn; the lenient reading; entropies of the parts."""
+
+import json
+
+import pytest
+
+from data import Failure, Output, Responder, Sample, Turn, UserError
+from evaluate import (
+    accuracy,
+    class_scores,
+    macro_f1,
+    mcnemar,
+    paired_interval,
+    parse_lenient,
+    read_baseline,
+    report,
+    score,
+    summary,
+    task_entropies,
+    top_label,
+    weighted_f1,
+)
+
+LABELS = ("neutral", "joy", "anger")
+GOLD = ["neutral", "neutral", "neutral", "joy", "joy", "anger"]
+PRED = ["neutral", "neutral", "joy", "joy", None, "neutral"]
+
+
+def sample(number=0, gold=None, labels=LABELS):
+    return Sample(
+        id=f"world/test/{number}/1",
+        dataset="world",
+        context=(Turn("Ann", "Hello."), Turn("Bo", "Well.")),
+        responder=Responder("Ann", None, "next"),
+        labels=labels,
+        gold=gold or {"joy": 1.0},
+    )
+
+
+def output(**last):
+    return Output("because", last, {"joy": 1.0}, "Hm.", {})
+
+
+def answer(last="{'joy': 0.8, 'anger': 0.2}", before="<think>because</think>", after=""):
+    return f"{before}{{'last_emotions': {last}, 'my_emotions': {{'joy': 1.0}}, 'my_output': 'Hm.'}}{after}"
+
+
+# Metrics
+
+
+def test_accuracy_counts_a_missing_answer_as_wrong():
+    """Right: two neutral and one joy of six."""
+    assert accuracy(gold=GOLD, pred=PRED) == 0.5
+
+
+def test_class_scores():
+    """Neutral: named 3, real 3, hits 2: 2/3 each. Joy: named 2, real 2, hit 1. Anger: never named, 0/0 is 0."""
+    assert class_scores("neutral", gold=GOLD, pred=PRED) == pytest.approx((2 / 3, 2 / 3, 2 / 3))
+    assert class_scores("joy", gold=GOLD, pred=PRED) == (0.5, 0.5, 0.5)
+    assert class_scores("anger", gold=GOLD, pred=PRED) == (0.0, 0.0, 0.0)
+    assert class_scores("joy", gold=["joy", "joy", "anger"], pred=["joy", None, "anger"]) == (1.0, 0.5, 2 / 3)
+
+
+def test_weighted_and_macro_f1():
+    """(3 * 2/3 + 2 * 1/2 + 1 * 0)/6 = 1/2 and (2/3 + 1/2 + 0)/3 = .388889."""
+    assert weighted_f1(gold=GOLD, pred=PRED) == pytest.approx(0.5, abs=1e-12)
+    assert macro_f1(gold=GOLD, pred=PRED) == pytest.approx(0.388889, abs=1e-6)
+
+
+def test_macro_f1_counts_a_class_that_only_the_model_names_and_no_class_that_nobody_names():
+    """Gold joy, joy; named joy, anger: joy F1 2/3, anger 0: 1/3. Fear and neutral occur nowhere and do not count."""
+    assert macro_f1(gold=["joy", "joy"], pred=["joy", "anger"]) == pytest.approx(1 / 3, abs=1e-12)
+
+
+def test_gold_and_predictions_cannot_be_swapped():
+    """F1 weighted by the support of the wrong side is another number, a known fault elsewhere, so both are keywords.
+    Gold joy 1, anger 2, always named joy: F1 of joy 2/4, weight 1/3: 1/6. The other way round joy weighs 3/3: 1/2."""
+    with pytest.raises(TypeError):
+        weighted_f1(GOLD, PRED)  # type: ignore[misc]
+    assert weighted_f1(gold=["joy", "joy", "anger"], pred=["joy", "anger", "anger"]) == pytest.approx(2 / 3)
+    assert weighted_f1(gold=["joy", "anger", "anger"], pred=["joy", "joy", "joy"]) == pytest.approx(1 / 6)
+    assert weighted_f1(gold=["joy", "joy", "joy"], pred=["joy", "anger", "anger"]) == pytest.approx(1 / 2)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_f1_equals_scikit_learn(seed):
+    """Random labels with misses; a miss is a class of its own that gold never has."""
+    metrics = pytest.importorskip("sklearn.metrics", reason="scikit-learn is not installed: requirements-extra.txt")
+    import random
+
+    draw = random.Random(seed)
+    gold = draw.choices(LABELS, weights=[6, 3, 1], k=40)
+    pred = draw.choices([*LABELS, None], weights=[5, 3, 1, 1], k=40)
+    named = [p or "(none)" for p in pred]
+    present = sorted({*gold, *pred} - {None})
+    assert weighted_f1(gold=gold, pred=pred) == pytest.approx(
+        metrics.f1_score(gold, named, average="weighted", zero_division=0), abs=1e-12
+    )
+    assert macro_f1(gold=gold, pred=pred) == pytest.approx(
+        metrics.f1_score(gold, named, labels=present, average="macro", zero_division=0), abs=1e-12
+    )
+    assert accuracy(gold=gold, pred=pred) == pytest.approx(metrics.accuracy_score(gold, named), abs=1e-12)
+
+
+def test_mcnemar_is_the_exact_binomial():
+    """Only a right 1 time, only b 5 times: 2 * (C(6,0) + C(6,1))/64 = 14/64. No difference: p 1. 3 against 3: 1."""
+    a = [True] * 1 + [False] * 5 + [True] * 4
+    b = [False] * 1 + [True] * 5 + [True] * 4
+    assert mcnemar(a, b) == (1, 5, 0.21875)
+    assert mcnemar(b, a) == (5, 1, 0.21875)
+    assert mcnemar(a, a) == (0, 0, 1.0)
+    assert mcnemar([True] * 3 + [False] * 3, [False] * 3 + [True] * 3) == (3, 3, 1.0)
+
+
+def test_mcnemar_of_thousands_does_not_overflow():
+    """0 against 2,000: 2/2^2000 = 2^-1999, which a float cannot hold: 0, and no error. 1,000 against 1,000: 1."""
+    assert mcnemar([False] * 2000, [True] * 2000) == (0, 2000, 0.0)
+    assert mcnemar([True, False] * 1000, [False, True] * 1000)[2] == 1.0
+
+
+def test_paired_interval():
+    """100 pairs, a right alone in 30, b alone in 10: +.2; variance (.4 - .04)/100, sd .06: about .2 -+ 1.96 * .06."""
+    a = [True] * 30 + [False] * 10 + [True] * 60
+    b = [False] * 30 + [True] * 10 + [True] * 60
+    difference, low, high = paired_interval(a, b)
+    assert difference == 0.2
+    assert low == pytest.approx(0.0824, abs=0.02) and high == pytest.approx(0.3176, abs=0.02)
+    assert paired_interval(a, b) == paired_interval(a, b)
+    assert paired_interval(a, b, seed=1, draws=100) != paired_interval(a, b, seed=2, draws=100)
+    assert paired_interval(a, a) == (0.0, 0.0, 0.0)
+
+
+def test_the_heaviest_entry_counts_and_the_first_of_equals():
+    assert top_label({"joy": 0.2, "anger": 0.7, "fear": 0.5}) == "anger"
+    assert top_label({"joy": 0.5, "anger": 0.5}) == "joy"
+    assert top_label({"anger": 0.5, "joy": 0.5}) == "anger"
+
+
+def test_score_of_four_answers():
+    """Gold joy .65 anger .35 is joy. Answers: the same; anger 1 (IOU .35/1.65); failed twice, once for each reason.
+    Accuracy 1/4; IOU (1 + .212121 + 0 + 0)/4 = .303030; valid 2 of 4; W-F1: joy 3 real, named 1, hit 1: 2/4 = .5,
+    neutral 1 real: 0; (3 * .5)/4 = .375; macro over joy, neutral, anger: .5/3."""
+    soft = {"joy": 0.65, "anger": 0.35}
+    samples = [sample(0, soft), sample(1, soft), sample(2, soft), sample(3, {"neutral": 1.0})]
+    parses = [output(joy=1.3, anger=0.7), output(anger=1.0), Failure("think", ""), Failure("dictionary", "")]
+    scores = score(samples, parses)
+    assert scores.metrics("eval/world/") == {
+        "eval/world/acc": 0.25,
+        "eval/world/wf1": pytest.approx(0.375),
+        "eval/world/macro_f1": pytest.approx(1 / 6),
+        "eval/world/iou": pytest.approx(0.303030, abs=1e-6),
+        "eval/world/rule_rate": 0.5,
+    }
+    assert scores.correct == [True, False, False, False]
+    assert dict(scores.confusion()["joy"]) == {"neutral": 0, "joy": 1, "anger": 1, None: 1}
+    assert scores.majority.metrics()["acc"] == 0.75
+
+
+def test_table_shows_every_class_and_every_reason():
+    parses = [output(joy=1.0), output(anger=1.0), Failure("think", ""), Failure("think", ""), Failure("label", "")]
+    lines = score([sample(i) for i in range(5)], parses).table().splitlines()
+    assert lines[0].split() == ["gold", "n", "P", "%", "R", "%", "F1", "%", "|", *LABELS, "(none)"]
+    assert lines[2].split() == ["joy", "5", "100.00", "20.00", "33.33", "|", "0", "1", "1", "3"]
+    assert lines[4] == "no valid output: 3 of 5 (think 2, label 1)"
+    assert score([sample()], [output(joy=1.0)]).table().splitlines()[-1] == "no valid output: 0 of 1"
+
+
+def test_nothing_to_score_is_an_error():
+    with pytest.raises(ValueError, match="nothing to score"):
+        score([], [])
+
+
+# Reports and comparisons
+
+
+def test_report_averages_datasets_and_shows_majority_and_lenient_beside():
+    """a: one of two right (the second is fenced, which only the lenient reading forgives); b: one of one: (.5 + 1)/2."""
+    fenced = answer(before="<think>because</think>```python\n", after="\n```")
+    datasets = {"a": [sample(0), sample(1)], "b": [sample(2)]}
+    answers = {"a": [(answer(), True), (fenced, True)], "b": [(answer(), True)]}
+    text, numbers = report(datasets, answers, lenient=True)
+    rows = numbers["scores"]
+    assert [name for name in rows] == ["a", "b", "average", "a, majority", "a, lenient", "b, majority", "b, lenient"]
+    assert [rows[name]["acc"] for name in ("a", "b", "average", "a, lenient")] == [0.5, 1.0, 0.75, 1.0]
+    assert numbers["samples"] == {"a": 2, "b": 1}
+    assert "no valid output: 1 of 2 (dictionary 1)" in text
+    assert json.loads(json.dumps(numbers)) == numbers
+    assert "average" not in report({"b": datasets["b"]}, answers)[1]["scores"]
+
+
+def test_report_reads_a_cut_answer_as_a_failure():
+    assert report({"a": [sample()]}, {"a": [(answer(), False)]})[1]["scores"]["a"]["rule_rate"] == 0.0
+
+
+def test_report_compares_with_a_baseline_by_sample_id():
+    """Ours: right, right, wrong. Theirs: wrong, right, right."""
+    samples = [sample(i) for i in range(3)]
+    answers = [(answer(), True), (answer(), True), (answer("{'anger': 1.0}"), True)]
+    theirs = {"world/test/2/1": True, "world/test/0/1": False, "world/test/1/1": True}
+    compared = report({"a": samples}, {"a": answers}, baseline=theirs)[1]["compared"]["a"]
+    assert (compared["only_this"], compared["only_baseline"], compared["mcnemar_p"]) == (1, 1, 1.0)
+    assert compared["acc_difference"] == 0.0 and compared["low"] < 0 < compared["high"]
+
+
+def test_read_baseline_wants_every_sample(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    path.write_text('{"id": "world/test/0/1", "correct": true}\n', encoding="utf-8")
+    assert read_baseline(path, {"a": [sample(0)]}) == {"world/test/0/1": True}
+    with pytest.raises(UserError, match="lacks 1 samples, the first world/test/5/1"):
+        read_baseline(path, {"a": [sample(0), sample(5)]})
+    for text in ("no json\n", "[1]\n", '{"id": 1}\n'):
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(UserError, match="does not hold answers"):
+            read_baseline(path, {"a": [sample(0)]})
+
+
+def test_summary_is_in_percent():
+    row = {"acc": 0.6774, "wf1": 0.67, "macro_f1": 0.5, "iou": 0.41, "rule_rate": 1.0}
+    assert summary({"meld": row}).splitlines()[1].split() == ["meld", "67.74", "67.00", "50.00", "41.00", "100.00"]
+
+
+# The lenient reading
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        answer(before=""),
+        answer(before="```json\n", after="\n```"),
+        answer(after=" I hope {this} helps."),
+        answer("{'anger': 1.0}") + "\nNo: " + answer(before=""),
+        answer(before="<think>{a {b} c"),
+    ],
+)
+def test_lenient_takes_the_last_dictionary_that_keeps_the_contract(text):
+    assert isinstance(parse_lenient(text, LABELS), Output)
+    assert parse_lenient(text, LABELS).last_emotions == {"joy": 0.8, "anger": 0.2}
+
+
+def test_lenient_still_fails_what_breaks_the_contract():
+    for text in ("", "{", "}{", answer("{'rage': 1.0}"), answer("{'joy': 2.0}"), "{'last_emotions': {'joy': 1.0}}"):
+        assert isinstance(parse_lenient(text, LABELS), Failure)
+
+
+# Entropies of the three parts
+
+
+class Letters:
+    """A tokenizer of pieces: token i decodes to PIECES[i]; pieces of raw bytes may split a character."""
+
+    def __init__(self, pieces):
+        self.pieces = pieces
+
+    def decode(self, ids, **_):
+        return b"".join(self.pieces[i] for i in ids).decode(errors="replace")
+
+
+def test_task_entropies_align_characters_with_tokens():
+    """Text ab{x}{yz}"q": parts {x} = chars 2-5, {yz} = 5-9, "q" = 9-12, after a prefix of two. Tokens: `a`, `b{`, `x}{`,
+    `yz`, `}"q`, `"`, end. A token counts for every part it wrote in: {x} from tokens 1, 2; {yz} from 2, 3, 4; "q" 4, 5."""
+    tokenizer = Letters([b"a", b"b{", b"x}{", b"yz", b'}"q', b'"', b"<end>"])
+    entropies = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0]
+    spans = {"last_emotions": (4, 7), "my_emotions": (7, 11), "my_output": (11, 14)}
+    means = task_entropies(entropies, range(7), tokenizer, "PP", spans)
+    assert means == {"recognition": 3.0, "self_emotion": 28 / 3, "response": 24.0}
+
+
+def test_task_entropies_survive_characters_split_over_tokens():
+    """An emoji of four bytes, a byte a token, before the part: the half-read ones must not shift it."""
+    tokenizer = Letters([bytes([b]) for b in "😀".encode()] + [b"{x", b"}"])
+    means = task_entropies([0, 0, 0, 0, 3.0, 5.0], range(6), tokenizer, "", {"my_emotions": (1, 4)})
+    assert means == {"self_emotion": 4.0}

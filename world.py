@@ -1,0 +1,201 @@
+"""What a run learns from and is measured on: samples, prompts and tokenizer, the replay buffer, and parsed answers."""
+
+import math
+import os
+import random
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import data
+import torch
+from data import Failure, Output, Sample, UserError
+
+from config import Config, pairs
+from grpo import lam
+from model import Policy, eos_ids, load_tokenizer
+from rollout import generate
+
+EVALUATION, SELF_EMO_TEST, COLD_START = -1, -2, -3  # stand for a step in the keys of random streams outside of training
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One sampled answer: token ids with the final EOS, log-probs (nats), the text that was parsed and what came of it."""
+
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finished: bool
+    text: str
+    parse: Output | Failure
+
+
+@dataclass(frozen=True)
+class World:
+    """Everything a run reads: samples, tokenizer, prompts."""
+
+    cfg: Config
+    tokenizer: Any
+    eos: frozenset[int]
+    prompts: data.Prompts
+    originals: tuple[Sample, ...]  # D0
+    dev: tuple[Sample, ...]
+    test: tuple[Sample, ...]
+
+    def encode(self, sample: Sample) -> tuple[list[int], str]:
+        """Token ids of a sample's prompt, and how its answers begin if the template opened a think block."""
+        return data.encode(self.tokenizer, sample, self.prompts)
+
+    def fits(self, sample: Sample) -> bool:
+        """Whether the prompt keeps to the limit."""
+        return len(self.encode(sample)[0]) <= self.cfg.max_prompt_tokens
+
+    @property
+    def S(self) -> int:
+        """RL steps an iteration (D7)."""
+        return self.cfg.steps or math.ceil(len(self.originals) / self.cfg.batch_prompts)
+
+    def lam(self, t: int) -> float:
+        """Lambda at RL step t of the run: t/T, or within the iteration if each starts from the base model (D7)."""
+        if not self.cfg.self_grpo:
+            return 0.0
+        return lam(t % self.S, self.S) if self.cfg.retrain_from == "base" else lam(t, self.cfg.iterations * self.S)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A kept answer: tokens for retraining, and the new sample d* made of it (Eq. 7)."""
+
+    iteration: int
+    sample_id: str
+    prompt_ids: tuple[int, ...]
+    ids: tuple[int, ...]
+    child: Sample
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """The replay buffer: D0, and what selection has kept, in order. What iteration k keeps, k + 1 draws."""
+
+    originals: tuple[Sample, ...]
+    kept: tuple[Kept, ...] = ()
+
+    def samples(self, k: int, max_synthetic: int) -> list[Sample]:
+        """D0 and the living synthetic samples at the start of iteration k: one a parent, the newest (D11)."""
+        newest = {kept.sample_id: kept.child for kept in self.kept if kept.iteration < k}
+        children = sorted(newest.values(), key=lambda child: (child.iteration, child.id))
+        return [*self.originals, *(children[-max_synthetic:] if max_synthetic else children)]
+
+    def draw(self, k: int, step: int, cfg: Config) -> list[Sample]:
+        """Line 6: the prompts of a step of iteration k, without replacement until the buffer is through (D7)."""
+        samples = self.samples(k, cfg.max_synthetic)
+        first = step * cfg.batch_prompts
+        epochs = range(first // len(samples), (first + cfg.batch_prompts - 1) // len(samples) + 1)
+        order = [sample for epoch in epochs for sample in shuffled(samples, f"{cfg.seed}/prompts/{k}/{epoch}")]
+        first -= epochs[0] * len(samples)
+        return order[first : first + cfg.batch_prompts]
+
+    def add(self, kept: Sequence[Kept]) -> "Buffer":
+        """Line 15."""
+        return replace(self, kept=(*self.kept, *kept))
+
+
+def answer(
+    world: World, policy: Policy, samples: Sequence[Sample], *, n: int, temperature: float, step: int
+) -> list[list[Answer]]:
+    """Generate, decode and parse. `step` keys the random streams: a step >= 0 in training, below that in evaluation."""
+    cfg = world.cfg
+    encoded = [world.encode(sample) for sample in samples]
+    groups = generate(
+        policy,
+        [ids for ids, _ in encoded],
+        n=n,
+        max_new_tokens=cfg.max_new_tokens,
+        temperature=temperature,
+        eos_ids=world.eos,
+        keys=[(cfg.seed, step, sample.id) for sample in samples],
+        kv_budget=cfg.kv_budget or device_memory(policy.device) // 2,
+        progress=sys.stderr.isatty(),
+    )
+    answers = []
+    for sample, (_, prefix), group in zip(samples, encoded, groups, strict=True):
+        texts = [data.answer_text(world.tokenizer, c.ids, world.eos, prefix) for c in group]
+        parses = [data.parse_output(x, sample.labels, finished=c.finished) for x, c in zip(texts, group, strict=True)]
+        rows = zip(group, texts, parses, strict=True)
+        answers.append([Answer(c.ids, c.logprobs, c.finished, text, parse) for c, text, parse in rows])
+    return answers
+
+
+def open_world(cfg: Config) -> World:
+    """Read data, tokenizer and prompts. Raises `UserError` for what is missing or wrong."""
+    tokenizer = load_tokenizer(cfg.model)
+    prompts = data.read_prompts(Path(cfg.prompts)) if cfg.prompts else data.DEFAULT
+    world = World(cfg, tokenizer, eos_ids(cfg.model, tokenizer), prompts, (), (), ())
+    roots = pairs("data", cfg.data)
+    limits = {name: number(value) for name, value in pairs("limit", cfg.limit).items()}
+    if unknown := set(limits) - set(roots):
+        raise UserError(f"--limit names {', '.join(sorted(unknown))}, which is not among --data")
+    splits: dict[str, list[Sample]] = {"train": [], "dev": [], "test": []}
+    for name, root in roots.items():
+        for split, samples in dataset_samples(cfg, name, root).items():
+            most = limits.get(name, 0) if split == "train" else cfg.eval_limit if split == "dev" else 0
+            splits[split] += first_shuffled(samples, most, f"{cfg.seed}/limit/{name}/{split}")
+    splits["train"] = first_shuffled(splits["train"], cfg.originals, f"{cfg.seed}/originals")
+    fitting = {split: tuple(filter(world.fits, samples)) for split, samples in splits.items()}
+    if not fitting["train"]:
+        raise UserError(f"no training prompt has at most {cfg.max_prompt_tokens} tokens: raise --max_prompt_tokens")
+    for split, samples in splits.items():
+        dropped = len(samples) - len(fitting[split])
+        print(f"{split}: {len(fitting[split])} samples" + (f", {dropped} over --max_prompt_tokens dropped" * (dropped > 0)))
+    return replace(world, originals=fitting["train"], dev=fitting["dev"], test=fitting["test"])
+
+
+def dataset_samples(cfg: Config, name: str, root: str) -> dict[str, list[Sample]]:
+    """The samples of one dataset, split by split, with the gold and the personas that the settings ask for."""
+    labels = data.label_set(name, root)
+    load = {
+        split: data.load(name, root, split, context=cfg.context, soft_labels=cfg.soft_labels)
+        for split in ("train", "dev", "test")
+    }
+    personas = data.read_personas(Path(cfg.personas)) if cfg.personas else None
+    found = {
+        split: data.samples(dialogues, labels, personas=personas, persona_scope=cfg.persona_scope)
+        for split, dialogues in load.items()
+    }
+    if cfg.gold:
+        gold = data.read_gold(Path(cfg.gold))
+        found = {split: data.with_gold(samples, gold) for split, samples in found.items()}
+    return found
+
+
+def number(value: str) -> int:
+    """A positive number of a NAME=N flag. Raises `UserError`."""
+    if not value.isdecimal() or int(value) < 1:
+        raise UserError(f"--limit wants NAME=N with N a positive whole number, not {value!r}")
+    return int(value)
+
+
+def shuffled(items: Sequence[Item], key: str) -> list[Item]:
+    """`items` in an order that depends on nothing but their number and `key`."""
+    return random.Random(key).sample(list(items), len(items))
+
+
+def first_shuffled(items: Sequence[Item], most: int, key: str) -> list[Item]:
+    """The first `most` of a seeded shuffle, in their old order; all of them for 0."""
+    chosen = sorted(shuffled(range(len(items)), key)[:most]) if most else range(len(items))
+    return [items[i] for i in chosen]
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes of memory of a GPU, or of the machine."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def group_by_dataset(samples: Sequence[Sample]) -> dict[str, Sequence[Sample]]:
+    """Samples by dataset, in order."""
+    return {name: [s for s in samples if s.dataset == name] for name in dict.fromkeys(s.dataset for s in samples)}

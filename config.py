@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import tyro
+
 from data import UserError
 
 Switch = Annotated[
@@ -34,7 +35,9 @@ class Config:
     limit: Pairs = ()
     """NAME=N, repeatable: only the first N training samples of a dataset after a seeded shuffle."""
     eval_limit: int = 0
-    """Samples of each dataset in an evaluation on dev, first N after a seeded shuffle; 0 = all. Test is always whole."""
+    """Samples of each dataset in an evaluation on dev, first N after a seeded shuffle; 0 = all."""
+    test_limit: int = 0
+    """The same for the one evaluation on test at the end."""
     out: str = "runs/paper"
     """Folder of the run."""
     resume: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -127,15 +130,16 @@ PRESETS: Mapping[str, Config] = {
         batch_prompts=8,
         mini_batch_prompts=4,
         micro_batch=16,
-        max_prompt_tokens=512,
+        max_prompt_tokens=256,
         max_new_tokens=128,
         lr=2e-5,
-        cold_start_lr=1e-4,
+        cold_start_lr=2e-4,
         sft_lr=1e-5,
-        sft_batch=32,
+        sft_batch=8,
         cold_start="dataset",
-        limit=("meld=600", "emorynlp=400"),
-        eval_limit=50,
+        limit=("meld=240", "emorynlp=200"),
+        eval_limit=12,
+        test_limit=12,
         save_every=1,
     ),
     "toy": Config(
@@ -180,16 +184,16 @@ def parse(argv: Sequence[str]) -> Config:
 
 def check(cfg: Config) -> None:
     """Raise `UserError` for settings that cannot work, one line with the mend."""
-    least = {"iterations": 1, "batch_prompts": 1, "n": 2, "mini_batch_prompts": 1, "micro_batch": 1, "max_prompt_tokens": 1}
-    least |= {"max_new_tokens": 1, "sft_batch": 1, "eval_every": 1, "save_every": 1}
-    least |= dict.fromkeys(("steps", "eval_limit", "originals", "max_synthetic", "kv_budget", "lr", "sft_lr"), 0)
+    least = {"iterations": 1, "batch_prompts": 1, "n": 2, "mini_batch_prompts": 1, "micro_batch": 1}
+    least |= {"max_prompt_tokens": 1, "max_new_tokens": 1, "sft_batch": 1, "eval_every": 1, "save_every": 1}
+    least |= dict.fromkeys(("steps", "eval_limit", "test_limit", "originals", "max_synthetic", "kv_budget", "lr", "sft_lr"), 0)
     least |= dict.fromkeys(("cold_start_lr", "clip_eps", "kl_coef", "keep_reward"), 0)
     for name, low in least.items():
         if not getattr(cfg, name) >= low:
             why = " (an answer is compared with its group)" if name == "n" else ""
             raise UserError(f"--{name} is {getattr(cfg, name)}: it must be at least {low}{why}")
     if not cfg.temperature > 0 or not all(t >= 0 for t in cfg.eval_temperatures) or not cfg.eval_temperatures:
-        raise UserError("--temperature must be above 0 and --eval_temperatures at least 0: greedy rollouts are all equal")
+        raise UserError("--temperature must be above 0 (greedy answers are all equal), --eval_temperatures at least 0")
 
 
 def pairs(flag: str, values: Sequence[str]) -> dict[str, str]:

@@ -10,7 +10,6 @@ and `new_sample` turn the best answer into another sample.
 import ast
 import csv
 import hashlib
-import io
 import json
 import math
 import re
@@ -53,6 +52,8 @@ def clean(text: str) -> str:
     Every turn passes through here, the model's own replies too: none can begin a second line of the history.
     """
     spaced = " ".join(text.split())
+    if spaced.isprintable():
+        return spaced
     shown = (c for c in spaced if c in JOINERS or unicodedata.category(c) not in {"Cc", "Cf", "Cs"})
     return " ".join("".join(shown).split()).strip(" " + JOINERS)
 
@@ -186,19 +187,19 @@ def label_set(dataset: str, root: str | Path) -> tuple[str, ...]:
     if not path.exists():
         turns = [turn for d in _jsonl(dataset, Path(root), "train", None) for turn in d.turns]
         return tuple(sorted({label for turn in turns for label in turn.label or ()}))
-    with _reading(lambda: str(path), 'a list such as ["joy", "anger"]'):
+    with _reading(str(path), 'a list such as ["joy", "anger"]'):
         return tuple(_weights(dict.fromkeys(json.loads(_text(path)), 1.0)))
 
 
 @contextmanager
-def _reading(where: Callable[[], str], shape: str) -> Iterator[None]:
+def _reading(where: str, shape: str) -> Iterator[None]:
     """Whatever goes wrong inside becomes one line: where, what, and the shape that is expected."""
     try:
         yield
     except KeyError as error:
-        raise UserError(f"{where()}: {error} is missing; expected {shape}") from None
+        raise UserError(f"{where}: {error} is missing; expected {shape}") from None
     except (csv.Error, AttributeError, TypeError, ValueError, SyntaxError, RecursionError, MemoryError) as error:
-        raise UserError(f"{where()}: {error}; expected {shape}") from None
+        raise UserError(f"{where}: {error}; expected {shape}") from None
 
 
 def _text(path: Path) -> str:
@@ -213,14 +214,13 @@ def _text(path: Path) -> str:
         raise UserError(f"{path}:{line}: not UTF-8; save the file in that encoding") from None
 
 
-def _records(path: str | Path, shape: str, build: Callable[[Any], tuple[Any, Any]]) -> dict[Any, Any]:
-    """What `build` makes of every line of a JSONL file."""
+def _records(path: Path, shape: str, build: Callable[[str], tuple[Any, Any]], skip: int = 0) -> dict[Any, Any]:
+    """The keys and values that `build` makes of the lines of a file."""
     found: dict[Any, Any] = {}
-    number = 0
-    with _reading(lambda: f"{path}:{number}", shape):
-        for number, line in enumerate(_text(Path(path)).split("\n"), start=1):  # noqa: B007
-            if line.strip():
-                key, value = build(json.loads(line))
+    for number, line in enumerate(_text(path).split("\n"), start=1):
+        if number > skip and line.strip():
+            with _reading(f"{path}:{number}", shape):
+                key, value = build(line)
                 if key in found:
                     raise ValueError(f"{key!r} a second time")
                 found[key] = value
@@ -233,11 +233,12 @@ def _jsonl(dataset: str, root: Path, split: str, labels: Sequence[str] | None) -
         label = None if label is None else _weights({label: 1.0} if isinstance(label, str) else label, labels)
         return Turn(_shown(row["speaker"]), _shown(row["text"]), label, str(number))
 
-    def dialogue(row: Any) -> tuple[str, Dialogue]:
+    def dialogue(line: str) -> tuple[str, Dialogue]:
+        row = json.loads(line)
         if not re.fullmatch(r"[^\s/+]+", row["id"]):
             raise ValueError(f"the id {row['id']!r} has blanks, '/' or '+'")
-        sheet = {_shown(name): _shown(text) for name, text in (row.get("personas") or {}).items()}
         turns = tuple(turn(t, i) for i, t in enumerate(row["turns"]))
+        sheet = {clean(name): _shown(text) for name, text in (row.get("personas") or {}).items()}
         return row["id"], Dialogue(row["id"], dataset, split, turns, sheet)
 
     return list(_records(root / f"{split}.jsonl", DIALOGUE, dialogue).values())
@@ -246,21 +247,24 @@ def _jsonl(dataset: str, root: Path, split: str, labels: Sequence[str] | None) -
 def _table(dataset: str, root: Path, split: str) -> list[Dialogue]:
     name, columns = TABLES[dataset]
     path = root / name.format(split)
-    scenes: dict[str, dict[int, Turn]] = defaultdict(dict)
-    reader = csv.DictReader(io.StringIO(_text(path), newline=""), restkey="", strict=True)
-    with _reading(lambda: f"{path}:{reader.line_num}", f"a row of {dataset} as in declare-lab/MELD"):
-        for row in reader:
-            if "" in row or None in row.values():
-                raise ValueError("too many or too few fields")
-            scene = scenes["_".join(str(int(row[column])) for column in columns)]
-            number = int(row["Utterance_ID"])
-            if number in scene:
-                raise ValueError(f"utterance {number} of this dialogue a second time")
-            speaker = _speakers(row["Speaker"]) if dataset == "emorynlp" else _shown(row["Speaker"])
-            label = _weights({row["Emotion"]: 1.0}, LABELS[dataset])
-            scene[number] = Turn(speaker, _shown(row["Utterance"]), label, str(number))
+    header = next(csv.reader(_text(path).split("\n")[:1]))
+
+    def turn(line: str) -> tuple[tuple[str, int], Turn]:
+        fields = next(csv.reader([line], strict=True))  # no field of these files holds a line break
+        if len(fields) != len(header):
+            raise ValueError(f"{len(fields)} fields where the header has {len(header)}")
+        row = dict(zip(header, fields, strict=True))
+        scene, number = "_".join(str(int(row[column])) for column in columns), int(row["Utterance_ID"])
+        speaker = _speakers(row["Speaker"]) if dataset == "emorynlp" else _shown(row["Speaker"])
+        label = _weights({row["Emotion"]: 1.0}, LABELS[dataset])
+        return (scene, number), Turn(speaker, _shown(row["Utterance"]), label, str(number))
+
+    turns = _records(path, f"a row of {dataset} as in declare-lab/MELD", turn, skip=1)
+    scenes: dict[str, list[Turn]] = {scene: [] for scene, _ in turns}
     # Utterance ids order the turns but do not count them: lines are missing.
-    return [Dialogue(key, dataset, split, tuple(scene[n] for n in sorted(scene))) for key, scene in scenes.items()]
+    for scene, number in sorted(turns, key=lambda key: int(key[1])):
+        scenes[scene].append(turns[scene, number])
+    return [Dialogue(scene, dataset, split, tuple(found)) for scene, found in scenes.items()]
 
 
 def _speakers(cell: str) -> str:
@@ -347,7 +351,12 @@ def read_personas(path: str | Path) -> Personas:
     """Personas of Eq. (4) from JSONL rows {"dialogue": "meld/train/703", "speaker", "persona", "expert"}."""
     fields = ("expert", "dialogue", "speaker")
     shape = '{"dialogue": "meld/train/703", "speaker": "Joey", "persona": "...", "expert": "..."}'
-    rows = _records(path, shape, lambda row: (tuple(clean(row[f]) for f in fields), _shown(row["persona"])))
+
+    def sentence(line: str) -> tuple[tuple[str, ...], str]:
+        row = json.loads(line)
+        return tuple(clean(row[name]) for name in fields), clean(_shown(row["persona"]))
+
+    rows = _records(Path(path), shape, sentence)
     found: dict[str, dict[str, tuple[str, ...]]] = defaultdict(dict)
     for (_, dialogue, speaker), persona in sorted(rows.items()):
         found[dialogue][speaker] = (*found[dialogue].get(speaker, ()), persona)
@@ -357,7 +366,12 @@ def read_personas(path: str | Path) -> Personas:
 def read_gold(path: str | Path) -> dict[str, dict[str, float]]:
     """Gold weights that replace the files' own (D14), from JSONL rows {"id": sample id, "weights": {label: weight}}."""
     shape = '{"id": "meld/train/703/6", "weights": {"neutral": 0.85, "surprise": 0.45}}'
-    return _records(path, shape, lambda row: (_shown(row["id"]), _weights(row["weights"])))
+
+    def weights(line: str) -> tuple[str, dict[str, float]]:
+        row = json.loads(line)
+        return _shown(row["id"]), _weights(row["weights"])
+
+    return _records(Path(path), shape, weights)
 
 
 def with_gold(samples: Iterable[Sample], gold: Mapping[str, Weights]) -> list[Sample]:
@@ -421,7 +435,7 @@ PLACEHOLDER = re.compile(r"\{(name|persona|labels|history)\}")
 
 def read_prompts(path: str | Path) -> Prompts:
     """Prompts from a JSON object with some of the texts of `Prompts`, each with the same placeholders as ours."""
-    with _reading(lambda: str(path), 'an object such as {"user": "{history} ..."}'):
+    with _reading(str(path), 'an object such as {"user": "{history} ..."}'):
         prompts = Prompts(**json.loads(_text(Path(path))))
         for name, ours in asdict(DEFAULT).items():
             needed = set(PLACEHOLDER.findall(ours))
@@ -478,7 +492,7 @@ THINK = re.compile(r"\s*+<think>(.*?)</think>", re.DOTALL)
 # Possessive repeats (*+ and ++) never go back over what they took: linear on every text.
 STRING = re.compile(r"""\s*+('(?:[^'\\\r\n]|\\.)*+'|"(?:[^"\\\r\n]|\\.)*+")""")
 WORD = re.compile(r"""\s*+([^\s'"{}:,]++)""")
-SIGN = re.compile(r"\s*+(\S)")
+SIGN, OPEN, CLOSE, COLON = map(re.compile, (r"\s*+(\S)", r"\s*+({)", r"\s*+(})", r"\s*+(:)\s*+"))
 NUMBER = re.compile(r"((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
 ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|(.))")
 ESCAPES = dict(zip("\\'\"/abfnrtv", "\\'\"/\a\b\f\n\r\t\v", strict=True))
@@ -495,11 +509,12 @@ class _Scanner:
         self.text, self.position = text, position
 
     def take(self, pattern: re.Pattern[str], what: str, reason: str = "dictionary") -> str:
-        """What `pattern` finds here. Fails for `reason`, which at the end of the text is always `dictionary`."""
+        """What `pattern` finds here. Fails for `reason`; at the end of the text and at an open quote, as `dictionary`."""
         match = pattern.match(self.text, self.position)
         if not match:
-            ended = not SIGN.match(self.text, self.position)
-            raise _Broken("dictionary" if ended else reason, f"{what} expected at character {self.position}")
+            sign = SIGN.match(self.text, self.position)
+            cut = sign is None or (pattern is STRING and sign[1] in "'\"")
+            raise _Broken("dictionary" if cut else reason, f"{what} expected at character {self.position}")
         self.position = match.end()
         return match[1]
 
@@ -520,13 +535,13 @@ class _Scanner:
 
     def entries(self, reason: str = "dictionary") -> Iterator[str]:
         """The keys of the next dictionary. Whoever takes a key has to read its value before taking the next."""
-        self.take(re.compile(r"\s*+(\{)"), "{", reason)
+        self.take(OPEN, "{", reason)
         while not self.skip("}"):
             key = self.string()
-            self.take(re.compile(r"\s*+(:)\s*+"), ":")
+            self.take(COLON, ":")
             yield key
             if not self.skip(","):
-                self.take(re.compile(r"\s*+(\})"), "}")
+                self.take(CLOSE, "}")
                 return
 
 

@@ -103,13 +103,6 @@ class Scores:
         """Right or wrong, a sample."""
         return [g == p for g, p in zip(self.gold, self.pred, strict=True)]
 
-    @property
-    def majority(self) -> "Scores":
-        """What always naming the most frequent gold label of these samples would score."""
-        label = Counter(self.gold).most_common(1)[0][0]
-        n = len(self.gold)
-        return Scores(self.labels, self.gold, (label,) * n, (0.0,) * n, (None,) * n)
-
     def metrics(self, prefix: str = "") -> dict[str, float]:
         """acc, wf1, macro_f1, iou (0 where the rule failed) and rule_rate, all in [0, 1], names after `prefix`."""
         values = {
@@ -152,6 +145,12 @@ def score(samples: Sequence[Sample], parses: Sequence[Parse]) -> Scores:
         ious=tuple(iou(p.last_emotions, s.gold) if p else 0.0 for s, p in valid),
         reasons=tuple(p.reason if isinstance(p, Failure) else None for p in parses),
     )
+
+
+def majority(samples: Sequence[Sample]) -> Scores:
+    """What always naming the most frequent gold label of these samples would score."""
+    label = Counter(top_label(sample.gold) for sample in samples).most_common(1)[0][0]
+    return score(samples, [Output("", {label: 1.0}, {}, "", {})] * len(samples))
 
 
 def parse_lenient(text: str, labels: Sequence[str], tries: int = 16) -> Parse:
@@ -221,7 +220,7 @@ class ScoreCommand:
     """Of the shuffle, the sampling and the bootstrap."""
     kv_budget: int | None = None
     """Bytes for keys and values. Default: half of the GPU's memory, a quarter of the machine's on CPU."""
-    lenient: Switch = False
+    lenient: tyro.conf.FlagConversionOff[Switch] = False
     """Show beside the strict reading what accepting the last dictionary anywhere in an answer would score."""
     out: Path | None = None
     """Write every answer, its reading and its score there (JSONL)."""
@@ -342,7 +341,7 @@ def report(
         pairs = list(zip(samples, answers[name], strict=True))
         scores = score(samples, [data.parse_output(text, s.labels, finished=done) for s, (text, done) in pairs])
         strict[name] = scores.metrics()
-        beside[f"{name}, majority"] = scores.majority.metrics()
+        beside[f"{name}, majority"] = majority(samples).metrics()
         if lenient:
             beside[f"{name}, lenient"] = score(samples, [parse_lenient(text, s.labels) for s, (text, _) in pairs]).metrics()
         text.append(f"{name}: {len(samples)} samples\n{scores.table()}\n")

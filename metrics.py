@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from data import Sample
 from torch import Tensor
 
+from data import Sample
 from grpo import iou, low_var_kl
 
 Record = Mapping[str, Any]
@@ -36,6 +36,8 @@ def rollout_metrics(records: Sequence[Record]) -> dict[str, float]:
         "reward/mean": mean(a["reward"] for a in answers),
         **{f"reward/{origin}": mean(rewards) for origin, rewards in origins.items() if rewards},
         "reward/iou": mean(iou(a["parse"]["last_emotions"], r["gold"]) if a["parse"]["reason"] is None else 0.0
+                           for r in records for a in r["answers"]),
+        "reward/acc": mean(heaviest(a["parse"].get("last_emotions", {})) == heaviest(r["gold"])
                            for r in records for a in r["answers"]),
         "reward/zero_std": mean(flat(r, "reward") for r in records),
         "consistency/mean": mean(a["consistency"] for a in answers),

@@ -17,7 +17,6 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from data import UserError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -28,6 +27,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+
+from data import UserError
 
 ATTENTION = "selfemo"  # the name under which transformers finds our attention
 HEAD_BYTES = 2**26  # logits that exist at once; a larger head is cut into chunks that backward computes again
@@ -108,13 +109,13 @@ class GroupLayout:
         pq, pk, pv = (rectangle(x, self.prompt_PS) for x in (q_NHD, k_NKD, v_NKD))
         prompt_PHSD = F.scaled_dot_product_attention(pq, pk, pv, is_causal=True, scale=scaling, enable_gqa=True)
         aq, ak, av = (rectangle(x, self.answer_BT) for x in (q_NHD, k_NKD, v_NKD))
-        k_BKZD = torch.cat([pk[self.owner_B], ak], dim=2)
-        v_BKZD = torch.cat([pv[self.owner_B], av], dim=2)
+        k_BKZD = torch.cat([pk.index_select(0, self.owner_B), ak], dim=2)
+        v_BKZD = torch.cat([pv.index_select(0, self.owner_B), av], dim=2)
         answer_BHTD = F.scaled_dot_product_attention(
             aq, k_BKZD, v_BKZD, attn_mask=self.mask_B1TZ, scale=scaling, enable_gqa=True
         )
         flat = [x.transpose(1, 2).flatten(0, 1) for x in (prompt_PHSD, answer_BHTD)]
-        return torch.cat(flat)[self.back_N]
+        return torch.cat(flat).index_select(0, self.back_N)
 
 
 def rectangle(x_NHD: Tensor, index: Tensor) -> Tensor:
@@ -210,7 +211,7 @@ class Policy(nn.Module):
         hidden_ND = body(
             input_ids=batch.ids_N[None], position_ids=batch.positions_N[None], use_cache=False, layout=batch.layout
         ).last_hidden_state[0]
-        logp_M, entropy_M = self.head(hidden_ND[batch.predict_M], batch.target_M, temperature)
+        logp_M, entropy_M = self.head(hidden_ND.index_select(0, batch.predict_M), batch.target_M, temperature)
         B, T = batch.shape
         return tuple(logp_M.new_zeros(B * T).index_put((batch.slot_M,), x).view(B, T) for x in (logp_M, entropy_M))  # type: ignore[return-value]
 

@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from data import UserError
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from data import UserError
 from model import ATTENTION, Policy, pad, rectangle
 
 Key = tuple[int, int, str]  # (seed, step, sample id)
@@ -54,8 +54,10 @@ def uniform(key: Key, answer: int, position: int) -> float:
 def draw(logits_RV: Tensor, temperature: float, uniform_R: Sequence[float]) -> tuple[list[int], list[float]]:
     """One token a row by inverse CDF, and its log-prob under the distribution it was drawn from (D19).
 
-    Temperature 0 takes the likeliest token; its log-prob is the one at temperature 1.
+    Temperature 0 takes the likeliest token; its log-prob is the one at temperature 1. Raises FloatingPointError for NaN.
     """
+    if logits_RV.sum().isnan():
+        raise FloatingPointError("a logit is NaN")
     logits_RV = logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32))
     logp_RV = (logits_RV / (temperature or 1.0)).log_softmax(-1)
     if temperature == 0:

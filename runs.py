@@ -25,11 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from data import Failure, Output, Sample, Selection, UserError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from data import Failure, Output, Sample, Selection, UserError
 from model import Group, Policy
 from world import Answer
 
@@ -178,6 +178,7 @@ class Run:
         self.loaded = newest_checkpoint(out)
         self.stop_asked = False
         self.notes: Record = {}
+        self.learner: Learner | None = None
         self.board = tensorboard(out)
         self.started = time.monotonic()
         for path in [out / "metrics.jsonl", out / "buffer.jsonl", *sorted((out / "rollouts").glob("*.jsonl"))]:
@@ -192,14 +193,15 @@ class Run:
             file.write(jsonl(records))
         self.offsets[name] = path.stat().st_size
 
-    def log(self, phase: str, iteration: int, metrics: Mapping[str, Any], step: int) -> None:
-        """One line of metrics.jsonl (and TensorBoard where it is installed)."""
+    def log(self, phase: str, iteration: int, metrics: Mapping[str, Any], step: int) -> Record:
+        """One line of metrics.jsonl (and TensorBoard where it is installed): the metrics and what was noted before."""
         metrics, self.notes = {**metrics, **self.notes}, {}
         self.append("metrics.jsonl", [{"step": step, "iteration": iteration, "phase": phase, **metrics}])
         if self.board is not None:
             for name, value in metrics.items():
                 if isinstance(value, int | float):
                     self.board.add_scalar(name, value, step)
+        return dict(metrics)
 
     def note(self, values: Mapping[str, Any]) -> None:
         """Measurements that belong to the next line of metrics.jsonl."""
@@ -208,6 +210,11 @@ class Run:
     def say(self, line: str) -> None:
         """A line for the person who watches, with the time since the start."""
         print(f"[{time.monotonic() - self.started:6.1f} s] {line}", flush=True)
+
+    def rescue(self, policy: Policy) -> None:
+        """Save where the run stands in the middle of a step, after a NaN: the step is done again on resume."""
+        if self.learner is not None:
+            save_checkpoint(self, saved_tensors(policy, self.learner))
 
     def count_update(self) -> None:
         """An optimizer step was made."""
@@ -285,7 +292,9 @@ def newest_checkpoint(out: Path) -> Path | None:
 def save_checkpoint(run: Run, tensors: Mapping[str, Mapping[str, Tensor]]) -> Path:
     """Write weights, reference and moments (one safetensors file each) and the position; the older checkpoint goes."""
     folder = run.out / "checkpoints"
-    name = f"{run.position.stage:03d}-{run.position.step:06d}"
+    name = "{stage:03d}-{step:06d}-{updates:08d}".format(**asdict(run.position))
+    if (folder / name).exists():
+        return folder / name  # the same weights: never touch a complete checkpoint
     aside = folder / f".{name}.tmp"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
@@ -293,11 +302,10 @@ def save_checkpoint(run: Run, tensors: Mapping[str, Mapping[str, Tensor]]) -> Pa
         save_file({k: v.detach().cpu().contiguous() for k, v in named.items()}, aside / f"{part}.safetensors")
     state = {"position": asdict(run.position), "offsets": run.offsets, "settings": run.settings}
     (aside / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-    for path in [*aside.iterdir(), *(run.out / name for name in run.offsets)]:
+    for path in [*aside.iterdir(), *(run.out / grown for grown in run.offsets)]:
         with path.open("rb+") as file:
             os.fsync(file.fileno())
     sync_folder(aside)
-    shutil.rmtree(folder / name, ignore_errors=True)
     os.rename(aside, folder / name)
     sync_folder(folder)
     for old in folder.iterdir():
@@ -376,6 +384,7 @@ def stage_steps(
     learner = make()
     if run.position.step and run.loaded is not None:
         restore(run.loaded, policy, learner)
+    run.learner = learner
     for step in range(run.position.step, total):
         yield step, learner
         run.position = replace(run.position, step=step + 1)

@@ -25,17 +25,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import data
 import torch
 import transformers
-from data import Output, Sample, UserError
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+import data
 import evaluate
 import metrics
 import toy
 from config import MAY_DIFFER, PRESETS, Config, parse
+from data import Output, Sample, UserError
 from grpo import advantages, clamped_share, consistency, core_emotions, low_var_kl, policy_loss, reward, token_weights
 from model import Group, Policy, quiet_transformers
 from runs import (
@@ -91,7 +91,10 @@ def self_emo(run: Run, world: World, policy: Policy) -> Policy:
 def rollout(run: Run, world: World, policy: Policy, samples: Sequence[Sample], t: int) -> list[list[Answer]]:
     """n answers to each prompt, at the training temperature."""
     started = time.monotonic()
-    groups = answer(world, policy, samples, n=world.cfg.n, temperature=world.cfg.temperature, step=t)
+    try:
+        groups = answer(world, policy, samples, n=world.cfg.n, temperature=world.cfg.temperature, step=t)
+    except FloatingPointError as error:
+        raise NotFinite(f"{error} at RL step {t}; prompts: {', '.join(s.id for s in samples)}") from error
     tokens = sum(len(a.ids) for group in groups for a in group)
     run.note({"rollout/tokens_per_s": tokens / (time.monotonic() - started), "time/rollout_s": time.monotonic() - started})
     return groups
@@ -168,8 +171,7 @@ def update(
         "time/update_s": time.monotonic() - started,
     }
     run.append(f"rollouts/iteration-{k}.jsonl", records)
-    run.log("rl", k, values, t)
-    run.say(progress_line(t, world.cfg.iterations * world.S, values))
+    run.say(progress_line(t, world.cfg.iterations * world.S, run.log("rl", k, values, t)))
 
 
 def cold_start_logprobs(run: Run, policy: Policy, groups: Sequence[Group], cfg: Config) -> list[Tensor]:
@@ -467,7 +469,8 @@ def evaluation(
                 values |= scores.metrics(f"{name}/{label}{mark}/")
                 values |= task_entropies(world, policy, samples, answers, f"{name}/{label}{mark}/entropy/")
     run.log("eval", k, values, t)
-    run.say(f"{when}: " + ", ".join(f"{n} {v:.3f}" for n, v in values.items() if n.endswith(("/acc", "/iou", "rule_rate"))))
+    shown = [f"{n} {v:.3f}" for n, v in values.items() if n.endswith(("/acc", "/iou", "/rule_rate"))]
+    run.say(f"{when}: {', '.join(shown)}")
 
 
 @torch.no_grad()
@@ -500,13 +503,21 @@ def self_emo_test(run: Run, world: World, policy: Policy) -> list[Sample]:
 
 def progress_line(t: int, T: int, values: Mapping[str, Any]) -> str:
     """What a person wants to see of an RL step."""
-    names = {
-        "reward/mean": "reward", "reward/iou": "iou", "consistency/mean": "consistency", "rule/rate": "rule",
-        "policy/entropy": "entropy", "policy/kl": "kl", "clip_frac": "clip", "rollout/tokens_per_s": "tokens/s",
-    }
-    return f"step {t + 1}/{T}  " + "  ".join(f"{short} {values[name]:.3g}" for name, short in names.items() if name in values)
+    shown = [f"{short} {values[name]:.3g}" for short, name in SHOWN.items() if name in values]
+    return f"step {t + 1}/{T}  {'  '.join(shown)}"
 
 
+SHOWN: Mapping[str, str] = {
+    "reward": "reward/mean",
+    "iou": "reward/iou",
+    "acc": "reward/acc",
+    "consistency": "consistency/mean",
+    "rule": "rule/rate",
+    "entropy": "policy/entropy",
+    "kl": "policy/kl",
+    "clip": "clip_frac",
+    "tokens/s": "rollout/tokens_per_s",
+}
 
 
 def train(cfg: Config) -> None:
@@ -523,7 +534,11 @@ def train(cfg: Config) -> None:
         load_weights(policy, load_tensors(run.loaded / "weights.safetensors"))
         run.say(f"going on from {run.loaded}")
     with run.signals():
-        self_emo(run, world, policy)
+        try:
+            self_emo(run, world, policy)
+        except NotFinite:
+            run.rescue(policy)
+            raise
     run.say(f"done: the model is in {run.out / 'model'}; check the run with: python evaluate.py audit {run.out}")
 
 
@@ -550,7 +565,8 @@ def main(argv: Sequence[str]) -> int:
         print(f"error: {error}; nothing was trained on it; lower --lr and go on with: {again}", file=sys.stderr)
         return 3
     except OSError as error:
-        print(f"error: {error.strerror or error}: {error.filename or ''}; the last checkpoint is whole: {again}", file=sys.stderr)
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"error: {error.strerror or error}{where}; the last checkpoint is whole: {again}", file=sys.stderr)
         return 2
     return 0
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import data
 import torch
-from data import Failure, Output, Sample, UserError
 
+import data
 from config import Config, pairs
+from data import Failure, Output, Sample, UserError
 from grpo import lam
 from model import Policy, eos_ids, load_tokenizer
 from rollout import generate
@@ -141,7 +141,7 @@ def open_world(cfg: Config) -> World:
     splits: dict[str, list[Sample]] = {"train": [], "dev": [], "test": []}
     for name, root in roots.items():
         for split, samples in dataset_samples(cfg, name, root).items():
-            most = limits.get(name, 0) if split == "train" else cfg.eval_limit if split == "dev" else 0
+            most = {"train": limits.get(name, 0), "dev": cfg.eval_limit, "test": cfg.test_limit}[split]
             splits[split] += first_shuffled(samples, most, f"{cfg.seed}/limit/{name}/{split}")
     splits["train"] = first_shuffled(splits["train"], cfg.originals, f"{cfg.seed}/originals")
     fitting = {split: tuple(filter(world.fits, samples)) for split, samples in splits.items()}

@@ -2,9 +2,7 @@
 
 import copy
 import json
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer
@@ -13,6 +11,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 import audit
+import evaluate
 from data import Responder, Sample, Turn, UserError, parse_output, sample_record, select
 from grpo import advantages, consistency, core_emotions, reward
 from runs import Answer, ScoredGroup, digest, group_record, jsonl
@@ -123,6 +122,11 @@ def test_an_honest_run_passes(tmp_path, tokenizer):
     assert ("not decoded" in findings.summary) is not tokenizer
 
 
+def test_a_real_run_passes(finished):
+    findings = audit.audit(finished)
+    assert findings.problems == () and "not decoded" not in findings.summary
+
+
 # One leaf after another
 
 
@@ -145,8 +149,9 @@ def changed(record, path):
 
 
 # What nothing else in a run determines: its inputs, sampled numbers, and the name of an original sample that is not kept.
-FREE = {"prompt_ids", "responder", "labels", "logprobs", "weights_version", "sample_id"}
-PLACES = [(k, i, path) for k, records in enumerate(RUN) for i, r in enumerate(records) for path in leaves(r)]
+FREE = {"prompt_ids", "responder", "labels", "logprobs", "weights_version", "sample_id", "gold", "sha256"}
+LEAVES = [[leaves(record) for record in records] for records in RUN]
+LONGEST = max(len(found) for records in LEAVES for found in records)
 
 
 def tampered(k, i, record):
@@ -171,20 +176,42 @@ def quick(monkeypatch, folder):
     return folder
 
 
-def test_any_changed_leaf_breaks_the_digest(tmp_path):
-    assert len(PLACES) > 300
-    for k, i, path in PLACES:
-        found = problems(tmp_path, tampered(k, i, changed(RUN[k][i], path)), BUFFER)
-        assert any(p.startswith(f"iteration-{k + 1}.jsonl:{i + 1}: sha256: written") for p in found), path
+def all_changed(j, skip=()):
+    """The run with leaf number j of every record changed, and the lines where that happened."""
+    records, where = copy.deepcopy(RUN), []
+    for k, i in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        path = LEAVES[k][i][j % len(LEAVES[k][i])]
+        if not set(skip) & set(path):
+            records[k][i] = changed(records[k][i], path)
+            where.append((f"iteration-{k + 1}.jsonl:{i + 1}: ", path))
+    return records, where
 
 
-def test_any_leaf_that_others_determine_is_found_even_under_a_fresh_digest(quick):
+@pytest.mark.parametrize("j", range(LONGEST))
+def test_any_changed_leaf_breaks_the_digest(tmp_path, j):
+    records, where = all_changed(j)
+    found = problems(tmp_path, records, BUFFER)
+    for line, path in where:
+        assert any(p.startswith(f"{line}sha256: written") for p in found), path
+
+
+@pytest.mark.parametrize("j", range(LONGEST))
+def test_any_leaf_that_others_determine_is_found_even_under_a_fresh_digest(quick, j):
     """The forger recomputes sha256; the field itself, or one that follows from it, must still give the change away."""
-    for k, i, path in PLACES:
-        if not FREE & set(path) and path[0] != "sha256":
-            found = problems(quick, tampered(k, i, rehashed(changed(RUN[k][i], path))), BUFFER)
-            assert any(p.startswith(f"iteration-{k + 1}.jsonl:{i + 1}: ") for p in found), path
-            assert not any("sha256" in p for p in found)
+    records, where = all_changed(j, skip=FREE)
+    found = problems(quick, [[rehashed(record) for record in file] for file in records], BUFFER)
+    assert not any("sha256" in p for p in found)
+    for line, path in where:
+        assert any(p.startswith(line) for p in found), path
+
+
+@pytest.mark.parametrize("name", ["sample_id", "gold", "responder", "labels", "prompt_ids"])
+def test_inputs_of_a_kept_answer_and_of_a_child_are_checked_against_the_buffer(quick, name):
+    for k, path in [(0, path) for path in LEAVES[0][0]] + [(1, path) for path in LEAVES[1][0]]:
+        unknown = (k, name) == (1, "prompt_ids") or (k == 0 and path[-1] in ("persona", "kind"))
+        if path[0] == name and not unknown:
+            found = problems(quick, tampered(k, 0, rehashed(changed(RUN[k][0], path))), BUFFER)
+            assert any(p.startswith(f"iteration-{k + 1}.jsonl:1: ") for p in found), (k, path)
 
 
 @pytest.mark.parametrize(
@@ -395,20 +422,21 @@ def test_show_works_a_group_out(tmp_path):
 # The command
 
 
-def command(*arguments):
-    root = Path(__file__).parent.parent
-    call = [sys.executable, "evaluate.py", "audit", *map(str, arguments)]
-    return subprocess.run(call, cwd=root, capture_output=True, text=True, check=False)
+def command(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "audit", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        evaluate.main()
+    return end.value.code, *capsys.readouterr()
 
 
-def test_the_command_exits_0_1_and_2(tmp_path):
+def test_the_command_exits_0_1_and_2(tmp_path, monkeypatch, capsys):
     write(tmp_path, RUN, BUFFER)
-    honest = command(tmp_path)
-    assert (honest.returncode, honest.stderr) == (0, "") and "0 differences" in honest.stdout
-    shown = command(tmp_path, "--show", "world/train/a/1")
-    assert shown.returncode == 0 and "(Eq. 13)" in shown.stdout
+    code, out, err = command(monkeypatch, capsys, tmp_path)
+    assert (code, err) == (0, "") and "0 differences" in out
+    code, out, _ = command(monkeypatch, capsys, tmp_path, "--show", "world/train/a/1")
+    assert code == 0 and "(Eq. 13)" in out
     write(tmp_path, tampered(0, 0, changed(RUN[0][0], ("lam",))), BUFFER)
-    forged = command(tmp_path)
-    assert forged.returncode == 1 and "iteration-1.jsonl:1: lam: written" in forged.stdout
-    nowhere = command(tmp_path / "nowhere")
-    assert nowhere.returncode == 2 and nowhere.stderr.startswith("error: ") and nowhere.stderr.count("\n") == 1
+    code, out, _ = command(monkeypatch, capsys, tmp_path)
+    assert code == 1 and "iteration-1.jsonl:1: lam: written" in out
+    code, out, err = command(monkeypatch, capsys, tmp_path / "nowhere")
+    assert (code, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1

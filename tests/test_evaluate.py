@@ -1,14 +1,18 @@
 """Metrics worked by hand, then held against scikit-learn; the lenient reading; entropies of the parts."""
 
 import json
+import sys
 
 import pytest
+import tiny
 
+import evaluate
 from data import Failure, Output, Responder, Sample, Turn, UserError
 from evaluate import (
     accuracy,
     class_scores,
     macro_f1,
+    majority,
     mcnemar,
     paired_interval,
     parse_lenient,
@@ -153,7 +157,13 @@ def test_score_of_four_answers():
     }
     assert scores.correct == [True, False, False, False]
     assert dict(scores.confusion()["joy"]) == {"neutral": 0, "joy": 1, "anger": 1, None: 1}
-    assert scores.majority.metrics()["acc"] == 0.75
+
+
+def test_majority_baseline():
+    """Always joy: right where soft gold is .65 joy and where it is all joy; IOU .65/1.35, 1, 0 for neutral: .493827."""
+    found = majority([sample(0, {"joy": 0.65, "anger": 0.35}), sample(1, {"joy": 1.0}), sample(2, {"neutral": 1.0})])
+    assert found.metrics()["acc"] == pytest.approx(2 / 3)
+    assert found.metrics()["iou"] == pytest.approx(0.493827, abs=1e-6)
 
 
 def test_table_shows_every_class_and_every_reason():
@@ -246,13 +256,15 @@ def test_lenient_still_fails_what_breaks_the_contract():
 
 
 class Letters:
-    """A tokenizer of pieces: token i decodes to PIECES[i]; pieces of raw bytes may split a character."""
+    """A tokenizer of byte pieces. A character cut in the middle decodes to one U+FFFD a byte, as byte fallback does."""
 
     def __init__(self, pieces):
         self.pieces = pieces
 
     def decode(self, ids, **_):
-        return b"".join(self.pieces[i] for i in ids).decode(errors="replace")
+        raw = b"".join(self.pieces[i] for i in ids)
+        text = raw.decode(errors="ignore")
+        return text + "\ufffd" * (len(raw) - len(text.encode()))
 
 
 def test_task_entropies_align_characters_with_tokens():
@@ -270,3 +282,77 @@ def test_task_entropies_survive_characters_split_over_tokens():
     tokenizer = Letters([bytes([b]) for b in "😀".encode()] + [b"{x", b"}"])
     means = task_entropies([0, 0, 0, 0, 3.0, 5.0], range(6), tokenizer, "", {"my_emotions": (1, 4)})
     assert means == {"self_emotion": 4.0}
+
+
+# The command
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A random model, two data folders of three labelled turns each, and prompts its tokenizer knows no word of."""
+    lm = tiny.tiny()
+    lm.save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(str(tmp_path / "model"))
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "labels.json").write_text('["neutral", "joy"]', encoding="utf-8")
+        turns = [{"speaker": s, "text": "w1", "label": label} for s, label in (("x", "joy"), ("y", "joy"), ("x", "neutral"))]
+        for split in ("train", "dev", "test"):
+            (tmp_path / name / f"{split}.jsonl").write_text(json.dumps({"id": "d", "turns": turns}) + "\n", encoding="utf-8")
+    return tmp_path
+
+
+def command(monkeypatch, capsys, folder, *arguments):
+    words = ["score", "--model", folder / "model", "--data", f"a={folder / 'a'}", "--max_new_tokens", "3", *arguments]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
+    with pytest.raises(SystemExit) as end:
+        evaluate.main()
+    out, err = capsys.readouterr()
+    return end.value.code, out, [line for line in err.splitlines() if line.startswith("error: ")]
+
+
+def test_the_command_scores_a_model_and_pairs_it_with_its_own_answers(monkeypatch, capsys, folder):
+    """A random model names no emotion: nothing right, the majority 2/3 right. Against itself: no difference, p = 1."""
+    both = ("--data", f"b={folder / 'b'}", "--out", folder / "out.jsonl", "--lenient", "true")
+    code, out, _ = command(monkeypatch, capsys, folder, *both)
+    numbers = json.loads(out.splitlines()[-1])
+    assert code == 0 and numbers["samples"] == {"a": 3, "b": 3}
+    assert numbers["scores"]["average"]["acc"] == 0.0 and numbers["scores"]["a, majority"]["acc"] == pytest.approx(2 / 3)
+    assert "no valid output: 3 of 3" in out and "a, lenient" in out
+    rows = [json.loads(line) for line in (folder / "out.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row["id"] for row in rows] == [f"{name}/test/d/{i}" for name in "ab" for i in range(3)]
+    assert all(row["predicted"] is None and row["correct"] is False and row["parse"]["reason"] for row in rows)
+    code, out, _ = command(monkeypatch, capsys, folder, "--baseline", folder / "out.jsonl", "--limit", "2")
+    numbers = json.loads(out.splitlines()[-1])
+    assert code == 0 and numbers["samples"] == {"a": 2} and numbers["compared"]["a"]["mcnemar_p"] == 1.0
+
+
+def test_limit_takes_the_same_samples_every_time_and_gold_replaces_labels(folder):
+    fields = {"model": "", "data": (f"a={folder / 'a'}",)}
+    first = evaluate._datasets(evaluate.ScoreCommand(**fields, limit=2))["a"]
+    assert first == evaluate._datasets(evaluate.ScoreCommand(**fields, limit=2))["a"] and len(first) == 2
+    seeds = [evaluate._datasets(evaluate.ScoreCommand(**fields, limit=2, seed=i))["a"] for i in range(9)]
+    ids = [[sample.id for sample in drawn] for drawn in seeds]
+    assert any(drawn != ids[0] for drawn in ids) and all(drawn == sorted(drawn) for drawn in ids)
+    (folder / "gold.jsonl").write_text('{"id": "a/test/d/1", "weights": {"neutral": 1.0}}\n', encoding="utf-8")
+    replaced = evaluate._datasets(evaluate.ScoreCommand(**fields, gold=folder / "gold.jsonl"))["a"]
+    assert [sample.gold for sample in replaced] == [{"joy": 1.0}, {"neutral": 1.0}, {"neutral": 1.0}]
+    with pytest.raises(UserError, match="no id belongs to the dev split of a"):
+        evaluate._datasets(evaluate.ScoreCommand(**fields, split="dev", gold=folder / "gold.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--data", "b"), "give NAME=DIR"),
+        (("--data", "a=elsewhere"), "every name once"),
+        (("--data", "b=/nowhere/at/all"), "/nowhere/at/all"),
+        (("--out", "/nowhere/at/all/out.jsonl"), "/nowhere/at/all does not exist"),
+        (("--baseline", "/nowhere/answers.jsonl"), "does not hold answers"),
+        (("--prompts", "/nowhere/prompts.json"), "/nowhere/prompts.json does not exist"),
+        (("--model", "/nowhere/model"), "/nowhere/model"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_exit_2(monkeypatch, capsys, folder, arguments, message):
+    code, _, errors = command(monkeypatch, capsys, folder, *arguments)
+    assert code == 2 and len(errors) == 1 and message in errors[0]

@@ -155,7 +155,7 @@ def test_log_probs_by_hand_and_zero_off_the_answer():
 
 
 def test_entropy_by_hand():
-    """(.5, .25, .25): .5 ln 2 + .5 ln 4 = 1.5 ln 2 = 1.039721. A certain token: 0. Uniform over 97: ln 97 = 4.574711."""
+    """(.5, .25, .25): .5 ln 2 + .5 ln 4 = 1.5 ln 2 = 1.039721. A certain token: 0. Uniform: ln 97 = 4.574711."""
     lm = chain({1: {2: 0.5, 3: 0.25, 4: 0.25}, 2: {5: 1.0}})
     _, entropy_BT = Policy(lm)([Group([1], [[2, 5, 6]])])
     expected = torch.tensor([[1.0397207708, 0.0, 4.5747109785]], dtype=torch.float64)
@@ -179,7 +179,7 @@ def test_temperature_divides_the_logits():
 
 @TIES
 def test_head_in_chunks_equals_the_head_at_once(tied, monkeypatch):
-    """20 answer tokens, 3 rows of 97 float32 logits a chunk: 7 chunks of at most 3 rows, each computed again in backward."""
+    """20 answer tokens, 3 rows of 97 float32 logits a chunk: 7 chunks of at most 3, each computed again in backward."""
     lm = tiny(tied=tied)
     at_once = Policy(lm)(GROUPS)
     expected = gradients(lm, (at_once[0] * weights_B6()).sum())
@@ -244,7 +244,9 @@ def test_a_sliding_window_is_refused():
 
 
 @pytest.mark.parametrize(
-    "groups", [[], [Group([], [[1]])], [Group([1], [])], [Group([1], [[2], []])]], ids=["none", "prompt", "n=0", "answer"]
+    "groups",
+    [[], [Group([], [[1]])], [Group([1], [])], [Group([1], [[2], []])]],
+    ids=["none", "prompt", "n=0", "answer"],
 )
 def test_empty_groups_are_refused(groups):
     with pytest.raises(ValueError, match="at least one token"):
@@ -283,7 +285,8 @@ def test_export_reloads_in_plain_transformers_with_equal_logits(kind, tied, tmp_
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
     assert reloaded.config._attn_implementation == "sdpa"
     ids = torch.tensor([[1, 2, 3, 4, 5]])
-    assert torch.equal(with_attention(exact_norms(reloaded), "sdpa")(ids).logits, with_attention(lm, "sdpa")(ids).logits)
+    ours, theirs = (with_attention(exact_norms(m), "sdpa")(ids).logits for m in (lm, reloaded))
+    assert torch.equal(ours, theirs)
     assert all(ATTENTION not in file.read_text() for file in tmp_path.glob("*.json"))
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert ("lm_head.weight" in file.keys()) is not tied  # noqa: SIM118 (not a mapping)

@@ -20,7 +20,7 @@ quiet_transformers()
 
 
 def tiny(kind: str = "qwen3", *, tied: bool = True, seed: int = 0, attention: str = ATTENTION, **settings: Any) -> Any:
-    """A random Qwen3 or Llama: 2 layers, 4 query heads over 2 key/value heads of width 8, float64 norms, sharp logits."""
+    """A random Qwen3 or Llama: 2 layers, 4 query heads over 2 key/value heads 8 wide, float64 norms, sharp logits."""
     base = dict(
         vocab_size=V,
         hidden_size=32,
@@ -64,8 +64,8 @@ def with_attention(lm: Any, name: str) -> Any:
 def chain(table: Mapping[int, Mapping[int, float]]) -> Any:
     """A Llama whose next token depends on the last one only, with the probabilities of `table` (last -> next -> p).
 
-    The embedding is one-hot of 100, both blocks add nothing, and the final norm (eps 0) makes sqrt(100) of the 1; so the
-    head's column is ln p / 10. Tokens that are not named have probability 0 (logit -10,000); rows not named are uniform.
+    The embedding is one-hot of 100, both blocks add nothing, and the final norm (eps 0) makes sqrt(100) of the 1: so
+    the head's column is ln p / 10. Tokens not named have probability 0 (logit -10,000), rows not named are uniform.
     """
     lm = tiny("llama", tied=False, hidden_size=100, intermediate_size=8, rms_norm_eps=0.0)
     with torch.no_grad():
@@ -97,7 +97,7 @@ def gradients(lm: nn.Module, loss: Tensor) -> dict[str, Tensor]:
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Words w0 ... w92 and four special tokens as ids 93-96: <pad>, <|im_start|>, <|im_end|> (end of sequence), <unk>."""
+    """Words w0 ... w92; ids 93-96 are <pad>, <|im_start|>, <|im_end|> (the stop token), <unk>."""
     special = ["<pad>", "<|im_start|>", "<|im_end|>", "<unk>"]
     words = [f"w{i}" for i in range(V - len(special))] + special
     core = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))

@@ -186,8 +186,8 @@ def check(cfg: Config) -> None:
     """Raise `UserError` for settings that cannot work, one line with the mend."""
     least = {"iterations": 1, "batch_prompts": 1, "n": 2, "mini_batch_prompts": 1, "micro_batch": 1}
     least |= {"max_prompt_tokens": 1, "max_new_tokens": 1, "sft_batch": 1, "eval_every": 1, "save_every": 1}
-    least |= dict.fromkeys(("steps", "eval_limit", "test_limit", "originals", "max_synthetic", "kv_budget", "lr", "sft_lr"), 0)
-    least |= dict.fromkeys(("cold_start_lr", "clip_eps", "kl_coef", "keep_reward"), 0)
+    least |= dict.fromkeys(("steps", "eval_limit", "test_limit", "originals", "max_synthetic", "kv_budget"), 0)
+    least |= dict.fromkeys(("lr", "sft_lr", "cold_start_lr", "clip_eps", "kl_coef", "keep_reward"), 0)
     for name, low in least.items():
         if not getattr(cfg, name) >= low:
             why = " (an answer is compared with its group)" if name == "n" else ""

@@ -134,7 +134,8 @@ def read_lines(path: Path) -> list[Record]:
     if not path.exists():
         return []
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    text = path.read_text(encoding="utf-8").removesuffix("\n")
+    for number, line in enumerate(text.split("\n") if text else [], 1):  # not splitlines: a string may hold U+2028
         try:
             records.append(json.loads(line))
         except ValueError as error:

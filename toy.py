@@ -81,39 +81,31 @@ EVENTS: Mapping[str, tuple[str, ...]] = {
         "{x} got the big promotion.",
         "{x} sold a first painting.",
         "{x} passed the pilot exam.",
-        "{x} inherited a vineyard.",
-        "{x} was picked for the choir.",
     ),
     "bad": (
         "{x} was fired this morning.",
         "{x} lost the court case.",
         "{x} broke an arm.",
         "{x} crashed the new van.",
-        "{x} failed the last exam.",
-        "{x} was dropped from the team.",
     ),
     "threat": (
         "{x} is out on thin ice.",
         "{x} is lost in the snow.",
         "{x} sailed into the storm.",
-        "{x} is stuck in the old mine.",
     ),
     "gross": (
         "{x} found a rat in the soup.",
         "{x} served mouldy bread.",
-        "{x} fell into the dung heap.",
         "{x} ate a raw snail.",
     ),
     "odd": (
         "{x} wears a crown to work.",
         "{x} painted the cow blue.",
-        "{x} now speaks in rhymes.",
         "{x} adopted nine parrots.",
     ),
     "routine": (
         "{x} went to the post office.",
         "{x} is parking the car.",
-        "{x} changed a light bulb.",
         "{x} moved lunch to noon.",
     ),
 }
@@ -280,7 +272,7 @@ def gold_target(sample: data.Sample) -> str:
 # The base model's lessons
 
 SURFACE = 0.6  # share of lessons by the surface reader; the others are gold
-SECOND = 0.3  # share of sure readings that get a doubtful second emotion: the format has room for it
+SECOND = 0.2  # share of sure readings that get a doubtful second emotion: the format has room for it
 SLIPS = 0.1  # share of lessons that break the format, as a pretrained model's answers do
 
 
@@ -314,7 +306,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 VOCABULARY = 900
-STEPS, GROUPS, ANSWERS, LR = 480, 4, 2, 4e-3  # of the base model's training: groups a step, answers a group
+STEPS, GROUPS, ANSWERS, LR = 540, 4, 2, 4e-3  # of the base model's training: groups a step, answers a group
 
 
 def _tokenizer(prompts: Sequence[str], answers: Sequence[str]) -> PreTrainedTokenizerFast:

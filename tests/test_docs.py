@@ -1,0 +1,461 @@
+"""The documents tell the truth: what README.md, PAPER.md and CHANGELOG.md name exists, and what has to be there is."""
+
+import ast
+import json
+import re
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import config
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = ("README.md", "PAPER.md", "CHANGELOG.md")
+LATER = "not built yet"
+
+# Reading documents and code
+
+
+def text(name):
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def section(document, title):
+    """The part of a document under the heading `title`, up to the next one of the same depth or less."""
+    lines = text(document).splitlines()
+    first = lines.index(title)
+    depth = title.index(" ")
+    rest = (i for i, line in enumerate(lines) if i > first and re.match(rf"#{{1,{depth}}} ", line))
+    return "\n".join(lines[first + 1 : next(rest, len(lines))])
+
+
+def rows(part):
+    """The cells of every row of the tables in a text, heads and rules left out."""
+    found = []
+    for line in part.splitlines():
+        if line.startswith("|"):
+            cells = [cell.strip() for cell in line.strip("|").split("|")]
+            found.append(cells)
+    heads = {i for i, cells in enumerate(found) if set("".join(cells)) <= set("-")}
+    return [cells for i, cells in enumerate(found) if i not in heads and i + 1 not in heads]
+
+
+def keyed(part):
+    """The rows of a text by their first cell, which no two share."""
+    found = rows(part)
+    names = [cells[0] for cells in found]
+    assert len(set(names)) == len(names), "a row stands there twice"
+    return {cells[0]: cells for cells in found}
+
+
+def quoted(part):
+    """Everything in backticks."""
+    return re.findall(r"`([^`\n]+)`", part)
+
+
+def members(body, prefix=""):
+    """Names that statements bind, and those of classes within."""
+    found = set()
+    for node in body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(prefix + node.name)
+        if isinstance(node, ast.ClassDef):
+            found |= members(node.body, f"{prefix}{node.name}.")
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        found |= {prefix + target.id for target in targets if isinstance(target, ast.Name)}
+    return found
+
+
+MODULES = {path.stem: path for path in ROOT.glob("*.py")}
+
+
+@cache
+def bound(stem):
+    return members(ast.parse(MODULES[stem].read_text(encoding="utf-8")).body)
+
+
+@cache
+def functions(path):
+    return {node.name for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.FunctionDef)}
+
+
+def code_names(part):
+    """(file, name) of every `file.name` in a text, `data.py` and the like left out."""
+    found = (re.fullmatch(r"(\w+)\.([A-Za-z_][\w.]*)", name) for name in quoted(part))
+    files = {"py", "md", "txt", "jsonl", "json", "toml", "safetensors", "csv"}
+    return [(match[1], match[2]) for match in found if match and match[1] in MODULES and match[2] not in files]
+
+
+def numbers(mention):
+    """The numbers of "(5)", "(11), (12)", "8-13" and so on."""
+    found = set()
+    for first, last in re.findall(r"(\d+)\)?(?:-\(?(\d+))?", mention):
+        found |= set(range(int(first), int(last or first) + 1))
+    return found
+
+
+def equations(source):
+    """Numbers of all equations that a text speaks of."""
+    return set().union(*map(numbers, re.findall(r"Eqs?\. ?((?:\(?\d+\)?(?:-\d+)?(?:, | and )?)+)", source)))
+
+
+def equation_comments():
+    """Equation number -> files with a comment that names it."""
+    found = {}
+    for stem, path in MODULES.items():
+        for comment in re.findall(r"#.*\bEqs?\. \(.*", path.read_text(encoding="utf-8")):
+            for number in equations(comment):
+                found.setdefault(number, set()).add(stem)
+    return found
+
+
+# Names
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_name_of_the_code_exists(document):
+    missing = [f"{stem}.{name}" for stem, name in code_names(text(document)) if name not in bound(stem)]
+    assert missing == []
+
+
+def test_the_map_names_enough_for_the_checks_to_mean_something():
+    names = set(code_names(text("PAPER.md")))
+    assert {("grpo", "iou"), ("selfemo", "self_emo"), ("config", "Config.clip_eps"), ("world", "World.lam")} <= names
+    assert len(names) > 80
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_test_of_the_map_exists(document):
+    named = [name.split("::") for name in quoted(text(document)) if "::" in name]
+    missing = ["::".join(x) for x in named if not (ROOT / x[0]).exists() or x[-1] not in functions(ROOT / x[0])]
+    assert missing == []
+    assert len(named) > 60 or document != "PAPER.md"
+
+
+def test_every_file_that_is_named_exists():
+    """Links, and code files in backticks. `expert.py` is named as not built yet."""
+    for document in DOCUMENTS:
+        named = re.findall(r"\]\(([^)#:]+)\)", text(document))
+        named += [name for name in quoted(text(document)) if re.fullmatch(r"(tests/)?\w+\.(py|md)", name)]
+        missing = {name for name in named if not (ROOT / name).exists()}
+        assert missing <= {"expert.py"}, document
+
+
+def test_every_file_has_its_line_in_the_readme():
+    listed = section("README.md", "## Files, in reading order")
+    assert {cells[0] for cells in rows(listed)} == {f"[{path.name}]({path.name})" for path in MODULES.values()} | {"[tests](tests)"}
+
+
+# The map
+
+
+def test_every_equation_has_a_row():
+    assert list(keyed(section("PAPER.md", "## Equations"))) == [str(n) for n in range(1, 15)]
+
+
+def test_every_equation_is_named_in_the_code_that_its_row_names():
+    table = keyed(section("PAPER.md", "## Equations"))
+    for number in range(5, 15):
+        files = {stem for stem, _ in code_names(table[str(number)][2])}
+        assert any(number in equations(MODULES[stem].read_text(encoding="utf-8")) for stem in files), number
+
+
+def test_every_equation_of_the_code_has_its_row_and_the_other_way_round():
+    table = keyed(section("PAPER.md", "## Equations"))
+    comments = equation_comments()
+    assert set(range(7, 15)) <= set(comments)
+    for number, files in comments.items():
+        assert files & {stem for stem, _ in code_names(table[str(number)][2])}, f"Eq. ({number}) in {files}"
+
+
+def test_the_expert_is_not_built_yet():
+    row = keyed(section("PAPER.md", "## Equations"))["4"]
+    assert (LATER in row[2]) != ("expert" in MODULES)
+
+
+def test_every_line_of_the_algorithm_has_a_row():
+    assert list(keyed(section("PAPER.md", "## Algorithm 1"))) == [str(n) for n in range(1, 21)]
+
+
+def test_the_loop_has_the_lines_that_the_map_gives_to_it():
+    """The comments at the right of self_emo: every line but the output (2), the arrow heads (10, 16, 19) and comments."""
+    tree = ast.parse(text("selfemo.py"))
+    loop = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "self_emo")
+    source = ast.get_source_segment(text("selfemo.py"), loop)
+    found = set().union(*map(numbers, re.findall(r"# (\d+(?:-\d+)?)(?::|$)", source, re.MULTILINE)))
+    assert found >= {1, 3, 4, 5, 6, 7, 8, 9, 12, 13, 14, 15, 17, 18, 20}
+    assert found <= set(range(1, 21))
+
+
+def test_every_table_and_figure_has_a_row():
+    found = list(keyed(section("PAPER.md", "## Tables and figures")))
+    assert found == [f"Table {n}" for n in range(1, 13)] + [f"Fig. {n}" for n in range(1, 7)]
+
+
+def test_every_decision_has_a_row():
+    assert list(keyed(section("PAPER.md", "## Decisions"))) == [f"D{n}" for n in range(1, 29)]
+
+
+def test_every_decision_of_the_code_is_one_of_the_map():
+    named = {int(n) for path in MODULES.values() for n in re.findall(r"\bD(\d+)\b", path.read_text(encoding="utf-8"))}
+    assert named - {0} <= set(range(1, 29))  # D0 is the original dataset
+
+
+MAPS = {"## Equations": 2, "## Algorithm 1": 2, "## Tables and figures": 2, "## Decisions": 3, "## Smaller choices": 1}
+
+
+@pytest.mark.parametrize(("title", "column"), MAPS.items())
+def test_every_row_names_code_and_test_or_says_why_not(title, column):
+    for cells in rows(section("PAPER.md", title)):
+        code, test = cells[column], cells[-1]
+        assert len(cells) == len(rows(section("PAPER.md", title))[0]), cells
+        assert code_names(code) or LATER in code or "no code" in code, cells
+        assert "tests/" in test or test == "—" or test.startswith("see "), cells
+        structure = title == "## Algorithm 1" and cells[1].startswith("end of")
+        if code_names(code) and test == "—":
+            assert structure or cells[0] == "1", cells
+
+
+def test_every_public_function_of_the_equations_is_in_the_map():
+    public = {name for name in functions(MODULES["grpo"]) if not name.startswith("_")}
+    assert public <= {name for stem, name in code_names(section("PAPER.md", "## Equations")) if stem == "grpo"}
+
+
+TABLE_12 = {
+    "train_batch_size": 64,
+    "max_prompt_length": 4096,
+    "max_response_length": 8192,
+    "model.path": "Qwen3-8B",
+    "actor.optim.lr": 1e-6,
+    "actor.ppo_mini_batch_size": 32,
+    "actor.ppo_micro_batch_size_per_gpu": 16,
+    "actor.kl_loss_coef": 0.001,
+    "actor.kl_loss_type": "low_var_kl",
+    "actor.entropy_coeff": 0,
+    "actor.fsdp_config.param_offload": False,
+    "actor.fsdp_config.optimizer_offload": False,
+    "rollout.log_prob_micro_batch_size_per_gpu": 16,
+    "rollout.n": 8,
+    "rollout.max_num_batched_tokens": 12400,
+    "rollout.gpu_memory_utilization": 0.5,
+    "rollout.tensor_model_parallel_size": 8,
+    "ref.log_prob_micro_batch_size_per_gpu": 16,
+    "ref.fsdp_config.param_offload": True,
+    "algorithm.use_kl_in_reward": False,
+    "trainer.critic_warmup": 0,
+    "trainer.n_gpus_per_node": 8,
+    "trainer.nnodes": 1,
+    "trainer.save_freq": 480,
+    "trainer.test_freq": 10,
+    "trainer.total_epochs": 3,
+}
+
+
+def value(cell):
+    try:
+        return ast.literal_eval(cell)
+    except ValueError:
+        return cell
+
+
+def test_table_12_is_complete_and_our_defaults_are_the_papers():
+    """All 26 values as printed. Where the third cell opens with a field of Config, the preset `paper` has that value."""
+    table = keyed(section("PAPER.md", "## Table 12"))
+    assert {name: value(cells[1]) for name, cells in table.items()} == TABLE_12
+    compared = 0
+    for name, (_, paper, ours, _) in table.items():
+        assert code_names(ours) or LATER in ours or "no code" in ours, name
+        if ours.startswith("`config.Config."):
+            compared += 1
+            preset = getattr(config.PRESETS["paper"], quoted(ours)[0].rpartition(".")[2])
+            assert (preset.rpartition("/")[2] if isinstance(preset, str) else preset) == value(paper), name
+    assert compared == 15
+
+
+def test_the_last_section_of_the_map_lists_what_the_rows_leave_open():
+    """Files of the plan that do not exist are named there, and nothing that exists is."""
+    listed = section("PAPER.md", "## Not built yet")
+    assert ("tools/" in listed) != (ROOT / "tools").exists()
+    assert ("Eq. 4" in listed) != ("expert" in MODULES)
+    assert all(f"--{name}`" not in listed for name in ("gold", "personas", "prompts", "resume"))
+
+
+# Commands and metrics of the README
+
+
+def blocks(document):
+    return re.findall(r"```\w*\n(.*?)```", text(document), re.DOTALL)
+
+
+def fields(stem, name):
+    prefix = f"{name}."
+    return {member.removeprefix(prefix) for member in bound(stem) if member.startswith(prefix)}
+
+
+def accepted():
+    """Which flags a program or a subcommand of ours takes."""
+    return {
+        "selfemo.py": fields("config", "Config"),
+        "evaluate.py score": fields("evaluate", "ScoreCommand"),
+        "evaluate.py audit": {"show"},
+        "data.py stats": fields("data", "StatsCommand"),
+        "toy.py baselines": set(),
+    }
+
+
+def test_commands_name_files_and_flags_that_exist():
+    seen = set()
+    spoken = [name for name in quoted(text("README.md") + text("PAPER.md")) if ".py " in name]
+    for command in [part for block in blocks("README.md") for line in block.splitlines() for part in line.split("&&")] + spoken:
+        for program, known in accepted().items():
+            if program in command:
+                seen.add(program)
+                assert set(re.findall(r"--(\w+)", command.partition(program)[2])) <= known, command
+        for name in re.findall(r"[\w/.-]+\.(?:py|txt)\b", command):
+            assert (ROOT / name).exists(), command
+        for script in re.findall(r"python (\w+\.py \w+)", command):
+            assert script in accepted() or LATER in section("PAPER.md", "## Not built yet") and script in text("PAPER.md"), command
+    assert seen == set(accepted())
+
+
+def test_flags_in_the_text_exist():
+    planned = {"plan"}  # named as not built yet
+    others = {"nproc_per_node", "index-url", "help"}
+    known = set().union(*accepted().values()) | planned | others
+    for document in DOCUMENTS:
+        unknown = {flag for name in quoted(text(document)) for flag in re.findall(r"(?<![\w-])--([\w-]+)", name)} - known
+        assert not unknown, document
+
+
+def test_values_of_flags_in_the_text_are_accepted():
+    """`--cold_start self` and the like: the value is one of the field's choices."""
+    for document in DOCUMENTS:
+        for name in quoted(text(document)):
+            for flag, choice in re.findall(r"--(preset|ratio|loss_mean|cold_start|retrain_from|context) (\w+)", name):
+                choices = config.Config.__annotations__[flag].__args__
+                assert choice in choices or (flag, choice) in {("cold_start", "expert")}, name
+
+
+def test_the_first_screen_has_the_two_commands():
+    """One line each: a venv, the requirements, the toy; a venv, the requirements for developing, the tests."""
+    toy, tests = (block.strip() for block in blocks("README.md")[:2])
+    for command, ends in ((toy, "selfemo.py --preset toy --out runs/toy"), (tests, "python -m pytest")):
+        assert "\n" not in command and command.startswith("python3 -m venv .venv && .venv/bin/pip install")
+        assert command.endswith(ends)
+    assert text("README.md").splitlines().index(tests) < 25
+
+
+def example(flag):
+    """The line that README shows for a file given with a flag."""
+    row = next(cells for cells in rows(section("README.md", "## Data")) if cells[0].startswith(f"`--{flag} "))
+    return next(name for name in quoted(row[1]) if name.startswith("{"))
+
+
+def test_the_formats_of_the_readme_are_read(tmp_path):
+    import data
+
+    dialogue = next(block for block in blocks("README.md") if block.startswith('{"id"'))
+    for split in data.SPLITS:
+        (tmp_path / f"{split}.jsonl").write_text(dialogue, encoding="utf-8")
+    samples = data.samples(data.load("mine", tmp_path, "test"), data.label_set("mine", tmp_path))
+    assert [s.id for s in samples] == ["mine/test/d1/0", "mine/test/d1/1"]
+    assert samples[0].gold == {"sadness": 0.65, "anger": 0.35}
+    assert samples[0].responder == data.Responder("Bo", "a worrier who whispers", "next")
+    for flag, read in (("personas", data.read_personas), ("gold", data.read_gold)):
+        (tmp_path / flag).write_text(example(flag), encoding="utf-8")
+        assert len(read(tmp_path / flag)) == 1
+
+
+def documented():
+    """Every metric that README explains, as a pattern: <...> is any one part."""
+    names = [name for cells in rows(section("README.md", "### Metrics")) for name in quoted(cells[0])]
+    assert len(set(names)) == len(names), "a metric is explained twice"
+    return {name: re.compile(re.sub(r"<\w+>", "[^/]+", name)) for name in names}
+
+
+def test_a_run_logs_exactly_the_metrics_that_the_readme_explains(finished):
+    """`finished`: a small whole run. Rule reasons beside `rule/rate`, `@T` names only with several temperatures."""
+    found = {name for line in (finished / "metrics.jsonl").read_text().splitlines() for name in json.loads(line)}
+    logged = {re.sub(r"@[\d.]+/", "/", name) for name in found} - {"step", "iteration", "phase"}
+    patterns = documented()
+    assert {name for name in logged if not any(p.fullmatch(name) for p in patterns.values())} == set()
+    silent = {name for name, p in patterns.items() if not any(p.fullmatch(x) for x in logged - {"rule/rate"})}
+    assert silent <= {"rule/rate"}
+
+
+def test_every_part_of_a_metric_name_stands_in_the_code():
+    source = "".join(text(f"{stem}.py") for stem in ("metrics", "selfemo", "evaluate", "grpo"))
+    for name in documented():
+        for part in re.split(r"/?<\w+>/?", name):
+            words = {part, *part.split("/")}
+            assert part in source or all(word in source for word in words - {part}), name
+
+
+def test_every_metric_has_a_meaning():
+    for cells in rows(section("README.md", "### Metrics")):
+        assert len(cells) == 4 and all(cells), cells
+
+
+def test_files_of_a_run_are_those_of_the_readme(finished):
+    listed = {part for cells in rows(section("README.md", "## A run folder")) for part in quoted(cells[0])}
+    tops = {name.partition("/")[0] for name in listed if "/" not in name.rstrip("/") or name.startswith("rollouts/")}
+    assert {path.name for path in finished.iterdir()} - {"tensorboard"} <= {name.rstrip("/") for name in tops}
+    missing = {n for n in listed if re.fullmatch(r"[\w]+\.(json|jsonl|safetensors)", n) and not (finished / n).exists()}
+    assert missing == set()
+
+
+# The repository
+
+
+REQUIRED = ("README.md", "PAPER.md", "CHANGELOG.md", "LOG.md", "LICENSE", "pyproject.toml", ".gitignore", ".ci/run")
+
+
+@pytest.mark.parametrize("name", REQUIRED)
+def test_required_files_exist(name):
+    assert (ROOT / name).read_text(encoding="utf-8").strip()
+
+
+def test_the_licence_is_apache_2():
+    assert "Apache License" in text("LICENSE") and "Version 2.0, January 2004" in text("LICENSE")
+
+
+def packages(name):
+    return dict(line.split("==") for line in text(name).splitlines() if line and not line.startswith(("#", "-r ")))
+
+
+def test_requirements_are_pinned_and_complete():
+    core = {"torch", "transformers", "tokenizers", "safetensors", "numpy", "tyro", "tqdm", "pytest"}
+    assert set(packages("requirements.txt")) == core
+    assert set(packages("requirements-extra.txt")) == {"tensorboard", "matplotlib", "scikit-learn", "openai"}
+    assert {"-r requirements.txt", "-r requirements-extra.txt"} <= set(text("requirements-dev.txt").splitlines())
+    assert f"torch=={packages('requirements.txt')['torch']} " in text("README.md")
+
+
+def tracked():
+    """Text files of the repository; without git, those beside the code."""
+    listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    try:
+        names = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+        paths = [ROOT / name for name in names]
+    except (OSError, subprocess.CalledProcessError):
+        paths = [*ROOT.glob("*.*"), *ROOT.glob("tests/*.py")]
+    return [path for path in paths if path.is_file()]
+
+
+def test_no_file_names_a_place_on_a_machine():
+    """Homes, mounts and temporary folders of whoever wrote it; and package indexes that are not public."""
+    tops = "home|root|work|mnt|Users|scratch|tmp|var|private"
+    place = re.compile(rf"(?<![\w.~/>{{}}-])/(?:{tops})/\w|\b[A-Z]:\\\w|https?://\S+/" + "simple/")
+    found = []
+    for path in tracked():
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if place.search(line):
+                found.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()[:80]}")
+    assert found == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_no_blank_is_left_to_fill(document):
+    assert re.findall(r"<<[^>]*>?|\bPENDING\b|\bTODO\b|\bFIXME\b", text(document)) == []

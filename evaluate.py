@@ -8,7 +8,6 @@ An answer without a valid output is a wrong answer, never a missing one: it is c
 
 import json
 import math
-import os
 import random
 import statistics
 import sys
@@ -219,7 +218,7 @@ class ScoreCommand:
     seed: int = 0
     """Of the shuffle, the sampling and the bootstrap."""
     kv_budget: int | None = None
-    """Bytes for keys and values. Default: half of the GPU's memory, a quarter of the machine's on CPU."""
+    """Bytes for keys and values. Default: half of the device's memory (Table 12)."""
     lenient: tyro.conf.FlagConversionOff[Switch] = False
     """Show beside the strict reading what accepting the last dictionary anywhere in an answer would score."""
     out: Path | None = None
@@ -258,13 +257,13 @@ def _answer(command: ScoreCommand, datasets: Mapping[str, Sequence[Sample]]) -> 
 
     from model import Policy, eos_ids, load_tokenizer
     from rollout import generate
+    from world import device_memory
 
     prompts = data.read_prompts(command.prompts) if command.prompts else data.DEFAULT
     tokenizer = load_tokenizer(command.model)
     stops = eos_ids(command.model, tokenizer)
     gpu = torch.cuda.is_available()
     policy = Policy.load(command.model, torch.bfloat16 if gpu else torch.float32, "cuda" if gpu else "cpu").eval()
-    memory = torch.cuda.mem_get_info()[1] // 2 if gpu else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
     answers = {}
     for name, samples in datasets.items():
         encoded = [data.encode(tokenizer, sample, prompts) for sample in samples]
@@ -276,7 +275,7 @@ def _answer(command: ScoreCommand, datasets: Mapping[str, Sequence[Sample]]) -> 
             temperature=command.temperature,
             eos_ids=stops,
             keys=[(command.seed, 0, sample.id) for sample in samples],
-            kv_budget=command.kv_budget or memory,
+            kv_budget=command.kv_budget or device_memory(policy.device) // 2,
             progress=True,
         )
         answers[name] = [

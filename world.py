@@ -4,7 +4,7 @@ import math
 import os
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -130,45 +130,50 @@ def answer(
 
 
 def open_world(cfg: Config) -> World:
-    """Read data, tokenizer and prompts. Raises `UserError` for what is missing or wrong."""
+    """Read data, tokenizer and prompts, and say what there is. Raises `UserError` for what is missing or wrong."""
+    splits = read_splits(cfg)
     tokenizer = load_tokenizer(cfg.model)
     prompts = data.read_prompts(Path(cfg.prompts)) if cfg.prompts else data.DEFAULT
     world = World(cfg, tokenizer, eos_ids(cfg.model, tokenizer), prompts, (), (), ())
-    roots = pairs("data", cfg.data)
-    limits = {name: number(value) for name, value in pairs("limit", cfg.limit).items()}
-    if unknown := set(limits) - set(roots):
-        raise UserError(f"--limit names {', '.join(sorted(unknown))}, which is not among --data")
-    splits: dict[str, list[Sample]] = {"train": [], "dev": [], "test": []}
-    for name, root in roots.items():
-        for split, samples in dataset_samples(cfg, name, root).items():
-            most = {"train": limits.get(name, 0), "dev": cfg.eval_limit, "test": cfg.test_limit}[split]
-            splits[split] += first_shuffled(samples, most, f"{cfg.seed}/limit/{name}/{split}")
-    splits["train"] = first_shuffled(splits["train"], cfg.originals, f"{cfg.seed}/originals")
     fitting = {split: tuple(filter(world.fits, samples)) for split, samples in splits.items()}
     if not fitting["train"]:
         raise UserError(f"no training prompt has at most {cfg.max_prompt_tokens} tokens: raise --max_prompt_tokens")
     for split, samples in splits.items():
         dropped = len(samples) - len(fitting[split])
-        print(f"{split}: {len(fitting[split])} samples" + (f", {dropped} over --max_prompt_tokens dropped" * (dropped > 0)))
+        print(f"{split}: {len(fitting[split])} samples" + f", {dropped} over --max_prompt_tokens dropped" * (dropped > 0))
+    if all(len(sample.gold) == 1 for sample in fitting["train"]):
+        print("gold is one label a sample: answers that all name it alone leave Eq. 12 nothing to compare (D14)")
     return replace(world, originals=fitting["train"], dev=fitting["dev"], test=fitting["test"])
 
 
-def dataset_samples(cfg: Config, name: str, root: str) -> dict[str, list[Sample]]:
-    """The samples of one dataset, split by split, with the gold and the personas that the settings ask for."""
-    labels = data.label_set(name, root)
-    load = {
-        split: data.load(name, root, split, context=cfg.context, soft_labels=cfg.soft_labels)
-        for split in ("train", "dev", "test")
-    }
+def read_splits(cfg: Config) -> dict[str, list[Sample]]:
+    """The samples of every split over all datasets, limited as the settings say, by size and seeded."""
+    roots = pairs("data", cfg.data)
+    limits = {name: number(value) for name, value in pairs("limit", cfg.limit).items()}
+    if unknown := set(limits) - set(roots):
+        raise UserError(f"--limit names {', '.join(sorted(unknown))}, which is not among --data")
+    splits: dict[str, list[Sample]] = {split: [] for split in data.SPLITS}
+    for (name, split), samples in read_samples(cfg, roots).items():
+        most = {"train": limits.get(name, 0), "dev": cfg.eval_limit, "test": cfg.test_limit}[split]
+        splits[split] += first_shuffled(samples, most, f"{cfg.seed}/limit/{name}/{split}")
+    return {**splits, "train": first_shuffled(splits["train"], cfg.originals, f"{cfg.seed}/originals")}
+
+
+def read_samples(cfg: Config, roots: Mapping[str, str]) -> dict[tuple[str, str], list[Sample]]:
+    """The samples of every (dataset, split), with the gold and the personas that the settings ask for."""
+    keys = [(name, split) for name in roots for split in data.SPLITS]
+    load = {key: data.load(key[0], roots[key[0]], key[1], context=cfg.context, soft_labels=cfg.soft_labels) for key in keys}
+    if cfg.drop_overlap:  # D24
+        test = [dialogue for key in keys if key[1] == "test" for dialogue in load[key]]
+        load |= {key: data.drop_overlap(load[key], test) for key in keys if key[1] == "train"}
     personas = data.read_personas(Path(cfg.personas)) if cfg.personas else None
-    found = {
-        split: data.samples(dialogues, labels, personas=personas, persona_scope=cfg.persona_scope)
-        for split, dialogues in load.items()
-    }
+    found = []
+    for key in keys:
+        labels = data.label_set(key[0], roots[key[0]])
+        found += data.samples(load[key], labels, personas=personas, persona_scope=cfg.persona_scope)
     if cfg.gold:
-        gold = data.read_gold(Path(cfg.gold))
-        found = {split: data.with_gold(samples, gold) for split, samples in found.items()}
-    return found
+        found = data.with_gold(found, data.read_gold(Path(cfg.gold)))
+    return {key: [sample for sample in found if sample.id.startswith(f"{key[0]}/{key[1]}/")] for key in keys}
 
 
 def number(value: str) -> int:

@@ -37,7 +37,8 @@ SIZES = {"train": 8, "dev": 3, "test": 3}  # dialogues of four turns, three of t
 PIECES = (
     "<|im_start|>", "<|im_end|>", "<unk>", "system\n", "user\n", "assistant\n", "You are ", ".", " Emotions: ", ", ", "\n",
     "Answer.", ": ", "a listener", " ", "<think>", " feels ", ".</think>\n", "{'last_emotions': {'", "': ", ", '",
-    "}, 'my_emotions': {'", "}, 'my_output': '", "'}", "1.0", "0.8", "0.75", "0.3", "0.25", "The last speaker shows ", " and ", ". I feel ", " and say so.", "</think>\n",
+    "}, 'my_emotions': {'", "}, 'my_output': '", "'}", "1.0", "0.8", "0.75", "0.3", "0.25",
+    "The last speaker shows ", " and ", ". I feel ", " and say so.", "</think>\n",
     *SPEAKERS, *LABELS, *PERSONAS.values(),
     *(line for lines in LINES.values() for line in lines),
 )  # fmt: skip
@@ -133,6 +134,15 @@ class Place:
 def lines(path):
     """The records of a JSONL file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def results(out):
+    """What a run that was stopped must share with one that was not: everything but clocks and folder names."""
+    clocks = re.compile(r"time/|rollout/tokens_per_s")
+    found = {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*.jsonl") if p.name != "metrics.jsonl"}
+    found |= {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*.safetensors")}
+    found["metrics"] = [{k: v for k, v in m.items() if not clocks.match(k)} for m in lines(out / "metrics.jsonl")]
+    return found
 
 
 def call(argv):

@@ -64,7 +64,7 @@ def members(body, prefix=""):
         if isinstance(node, ast.ClassDef):
             found |= members(node.body, f"{prefix}{node.name}.")
         targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-        found |= {prefix + target.id for target in targets if isinstance(target, ast.Name)}
+        found |= {prefix + name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)}
     return found
 
 
@@ -140,12 +140,13 @@ def test_every_file_that_is_named_exists():
         named = re.findall(r"\]\(([^)#:]+)\)", text(document))
         named += [name for name in quoted(text(document)) if re.fullmatch(r"(tests/)?\w+\.(py|md)", name)]
         missing = {name for name in named if not (ROOT / name).exists()}
-        assert missing <= {"expert.py"}, document
+        assert missing <= {"expert.py", *REQUIRED}, document  # those that must exist have a test of their own
 
 
 def test_every_file_has_its_line_in_the_readme():
     listed = section("README.md", "## Files, in reading order")
-    assert {cells[0] for cells in rows(listed)} == {f"[{path.name}]({path.name})" for path in MODULES.values()} | {"[tests](tests)"}
+    links = {f"[{path.name}]({path.name})" for path in MODULES.values()} | {"[tests](tests)"}
+    assert {cells[0] for cells in rows(listed)} == links
 
 
 # The map
@@ -180,10 +181,10 @@ def test_every_line_of_the_algorithm_has_a_row():
 
 
 def test_the_loop_has_the_lines_that_the_map_gives_to_it():
-    """The comments at the right of self_emo: every line but the output (2), the arrow heads (10, 16, 19) and comments."""
+    """The comments at the right of self_emo: every line but the output (2), comments (11) and ends (10, 16, 19)."""
     tree = ast.parse(text("selfemo.py"))
     loop = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "self_emo")
-    source = ast.get_source_segment(text("selfemo.py"), loop)
+    source = "\n".join(text("selfemo.py").splitlines()[loop.lineno - 1 : loop.end_lineno])
     found = set().union(*map(numbers, re.findall(r"# (\d+(?:-\d+)?)(?::|$)", source, re.MULTILINE)))
     assert found >= {1, 3, 4, 5, 6, 7, 8, 9, 12, 13, 14, 15, 17, 18, 20}
     assert found <= set(range(1, 21))
@@ -256,7 +257,7 @@ TABLE_12 = {
 def value(cell):
     try:
         return ast.literal_eval(cell)
-    except ValueError:
+    except (SyntaxError, ValueError):
         return cell
 
 
@@ -307,16 +308,17 @@ def accepted():
 
 def test_commands_name_files_and_flags_that_exist():
     seen = set()
-    spoken = [name for name in quoted(text("README.md") + text("PAPER.md")) if ".py " in name]
-    for command in [part for block in blocks("README.md") for line in block.splitlines() for part in line.split("&&")] + spoken:
+    commands = [name for document in DOCUMENTS for name in quoted(text(document)) if ".py " in name]
+    commands += [part for block in blocks("README.md") for line in block.splitlines() for part in line.split("&&")]
+    for command in commands:
         for program, known in accepted().items():
             if program in command:
                 seen.add(program)
                 assert set(re.findall(r"--(\w+)", command.partition(program)[2])) <= known, command
         for name in re.findall(r"[\w/.-]+\.(?:py|txt)\b", command):
             assert (ROOT / name).exists(), command
-        for script in re.findall(r"python (\w+\.py \w+)", command):
-            assert script in accepted() or LATER in section("PAPER.md", "## Not built yet") and script in text("PAPER.md"), command
+        for script in re.findall(r"python (\w+\.py [a-z]+)", command):
+            assert script in accepted(), command
     assert seen == set(accepted())
 
 
@@ -458,4 +460,4 @@ def test_no_file_names_a_place_on_a_machine():
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_no_blank_is_left_to_fill(document):
-    assert re.findall(r"<<[^>]*>?|\bPENDING\b|\bTODO\b|\bFIXME\b", text(document)) == []
+    assert re.findall("<<[^>]*", text(document)) == []

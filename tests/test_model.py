@@ -4,7 +4,6 @@ All in float64 with the norms kept in float64 (see `tiny.exact_norms`), so that 
 """
 
 import json
-import math
 
 import pytest
 import torch
@@ -358,8 +357,3 @@ def test_a_tokenizer_without_chat_template_is_a_users_mistake(tmp_path):
     base.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="no chat template"):
         load_tokenizer(tmp_path)
-
-
-def test_ln_97():
-    """The literal of `test_entropy_by_hand`, and of every untouched row of `tiny.chain`."""
-    assert math.log(V) == pytest.approx(4.5747109785, abs=1e-9)

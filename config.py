@@ -10,6 +10,7 @@ from data import UserError
 
 Switch = Annotated[
     bool,
+    tyro.conf.FlagConversionOff,
     tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
         metavar="true|false",
@@ -122,7 +123,7 @@ PRESETS: Mapping[str, Config] = {
     "paper": Config(data=("meld=data/meld", "emorynlp=data/emorynlp", "iemocap=data/iemocap")),
     "small": Config(
         preset="small",
-        model="models/SmolLM2-135M-Instruct",
+        model="HuggingFaceTB/SmolLM2-135M-Instruct",
         data=("meld=data/meld", "emorynlp=data/emorynlp"),
         out="runs/small",
         iterations=1,
@@ -155,14 +156,16 @@ PRESETS: Mapping[str, Config] = {
         max_prompt_tokens=256,
         max_new_tokens=80,
         eval_temperatures=(0.0, 1.0),
-        lr=5e-4,
+        lr=3e-4,
         cold_start_lr=5e-4,
         sft_lr=1e-4,
         eval_every=1000,
         save_every=5,
     ),
 }
-MAY_DIFFER = frozenset({"resume", "save_every", "kv_budget", "ref_offload", "versions"})  # settings a resumed run may change
+MAY_DIFFER = frozenset(  # what a resumed run may change; learning rates, so that a run that met a NaN can go on
+    {"resume", "out", "save_every", "kv_budget", "ref_offload", "versions", "lr", "cold_start_lr", "sft_lr"}
+)
 
 
 def parse(argv: Sequence[str]) -> Config:

@@ -235,8 +235,8 @@ def _jsonl(dataset: str, root: Path, split: str, labels: Sequence[str] | None) -
 
     def dialogue(line: str) -> tuple[str, Dialogue]:
         row = json.loads(line)
-        if not re.fullmatch(r"[^\s/+]+", row["id"]):
-            raise ValueError(f"the id {row['id']!r} has blanks, '/' or '+'")
+        if not re.fullmatch(r"[\w.:-]+", row["id"]):  # sample ids add "/" and "+"
+            raise ValueError(f"the id {row['id']!r} has other signs than letters, digits and . _ : -")
         turns = tuple(turn(t, i) for i, t in enumerate(row["turns"]))
         sheet = {clean(name): _shown(text) for name, text in (row.get("personas") or {}).items()}
         return row["id"], Dialogue(row["id"], dataset, split, turns, sheet)
@@ -276,7 +276,7 @@ def _speakers(cell: str) -> str:
 
 def _shown(text: Any) -> str:
     if not isinstance(text, str) or not clean(text):
-        raise ValueError(f"{text!r} where a text is needed")
+        raise ValueError(f"{text!r:.60} where a text is needed")
     return text.translate(CP1252)
 
 
@@ -561,7 +561,7 @@ def _emotions(scanner: _Scanner, key: str, labels: Sequence[str] | None) -> dict
         if emotion in found:
             raise _Broken("duplicate", f"{name[:40]!r} a second time")
         if not clean(name) or (labels is not None and emotion not in labels):
-            raise _Broken("label" if labels else key, f"{name[:40]!r} is not a label")
+            raise _Broken(key if labels is None else "label", f"{name[:40]!r} is not a label")
         word = scanner.take(WORD, "a number", reason="weight")
         if len(word) > 40 or not NUMBER.fullmatch(word) or not 0.1 <= float(word) <= 1:
             raise _Broken("weight", f"{word[:40]!r} is not a decimal number from 0.1 to 1")

@@ -9,6 +9,7 @@ M answer tokens of all answers in one row, H query heads, K key/value heads, D h
 
 import copy
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -24,6 +27,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -57,8 +61,9 @@ def attention(
 ) -> tuple[Tensor, None]:
     """The attention that transformers calls in every layer: [1, H, N, D] in, [1, N, H, D] out.
 
-    Without a layout it is plain causal attention over unpadded rows, so that `lm(input_ids)` means what it always means.
-    Raises ValueError for what it would otherwise compute wrongly: padding masks, caches, sliding windows, soft caps.
+    Without a layout it is plain causal attention over rows of one length: `lm(input_ids)` means what it always means. A 2-D
+    padding mask never arrives here (transformers drops it for attentions that it does not know), so do not pass one.
+    Raises ValueError for what it would otherwise compute wrongly: 4-D masks, caches, sliding windows, soft caps.
     """
     if sliding_window is not None or softcap is not None:
         raise ValueError("group attention knows no sliding window and no soft cap; this model uses one")
@@ -190,10 +195,23 @@ class Policy(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> "Policy":
-        """Open a Hugging Face causal LM (folder or hub name). Raises `UserError` where it cannot be opened."""
+        """Open a Hugging Face causal LM (folder or hub name).
+
+        Raises `UserError` where it cannot be opened, where weights are missing, and where sharing a prompt would change
+        what the model says (recurrent layers, scaled logits).
+        """
+        check_place(path)
         with user_errors(f"cannot open the model {path}"):
-            lm = AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype, attn_implementation=ATTENTION)
-        return cls(lm).to(device)
+            lm, found = AutoModelForCausalLM.from_pretrained(
+                str(path), dtype=dtype, attn_implementation=ATTENTION, output_loading_info=True
+            )
+            if found["missing_keys"]:
+                raise ValueError(f"it lacks {len(found['missing_keys'])} weights, one is {min(found['missing_keys'])}")
+            for parameter in lm.parameters():  # out of the mapped file: products depend, in the last bit, on alignment
+                parameter.data = parameter.data.clone()
+        policy = cls(lm).to(device)
+        check_sharing(policy, path)
+        return policy
 
     @property
     def device(self) -> torch.device:
@@ -255,12 +273,32 @@ def score_tokens(output: nn.Module, hidden_MD: Tensor, target_M: Tensor, tempera
     return logp_M, entropy_M
 
 
+@torch.no_grad()
+def check_sharing(policy: Policy, path: str | Path) -> None:
+    """Raise `UserError` unless answers that share a prompt get the log-probs that the plain model gives each of them."""
+    V = policy.lm.config.get_text_config().vocab_size
+    prompt, answers = [3 % V, 5 % V, 7 % V], [[11 % V, 13 % V], [17 % V]]
+    logp_BT, _ = policy([Group(prompt, answers)])
+    for row, answer in zip(logp_BT, answers, strict=True):
+        ids_1N = torch.tensor([[*prompt, *answer]], device=policy.device)
+        logits_NV = policy.lm(ids_1N, use_cache=False).logits[0, len(prompt) - 1 : -1].to(logp_BT.dtype)
+        plain = logits_NV.log_softmax(-1).gather(1, ids_1N[0, len(prompt) :, None])[:, 0]
+        if not torch.allclose(row[: len(answer)], plain, atol=1e-3 if policy.lm.dtype.itemsize > 2 else 0.5):
+            raise UserError(f"the model {path} cannot share prompts (recurrent layers or scaled logits): take another one")
+
+
+def check_place(path: str | Path) -> None:
+    """Raise `UserError` for what is neither a folder nor looks like a hub name."""
+    if not Path(path).is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path)):
+        raise UserError(f"{path} does not exist: give a Hugging Face folder or a hub name")
+
+
 @contextmanager
 def user_errors(what: str) -> Iterator[None]:
     """Turn a library's failure to open something into one clear `UserError` that opens with `what`."""
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         mend = "give a Hugging Face folder (config.json, *.safetensors, tokenizer) or a hub name"
         raise UserError(f"{what}: {first}; {mend}") from error
@@ -268,6 +306,7 @@ def user_errors(what: str) -> Iterator[None]:
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a Hugging Face folder. Raises `UserError` where it is missing or has no chat template."""
+    check_place(path)
     with user_errors(f"cannot open the tokenizer {path}"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(path))
     if not tokenizer.chat_template:
@@ -289,11 +328,11 @@ def eos_ids(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[i
 
 def generation_eos(path: str | Path) -> int | list[int] | None:
     """`eos_token_id` of generation_config.json, where there is one; its sampling settings are ignored (D19)."""
-    from transformers import GenerationConfig
-
     try:
         return GenerationConfig.from_pretrained(str(path)).eos_token_id  # type: ignore[no-any-return]
     except OSError:
+        if (Path(path) / "generation_config.json").exists():
+            raise
         return None
 
 

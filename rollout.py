@@ -54,10 +54,11 @@ def uniform(key: Key, answer: int, position: int) -> float:
 def draw(logits_RV: Tensor, temperature: float, uniform_R: Sequence[float]) -> tuple[list[int], list[float]]:
     """One token a row by inverse CDF, and its log-prob under the distribution it was drawn from (D19).
 
-    Temperature 0 takes the likeliest token; its log-prob is the one at temperature 1. Raises FloatingPointError for NaN.
+    Temperature 0 takes the likeliest token; its log-prob is the one at temperature 1. Raises FloatingPointError for
+    logits that are NaN or infinite.
     """
-    if logits_RV.sum().isnan():
-        raise FloatingPointError("a logit is NaN")
+    if not logits_RV.amax(-1).isfinite().all():
+        raise FloatingPointError("a logit is NaN or infinite")
     logits_RV = logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32))
     logp_RV = (logits_RV / (temperature or 1.0)).log_softmax(-1)
     if temperature == 0:
@@ -285,6 +286,7 @@ class Engine:
         self.cache = GroupCache(lm)
         self.groups: list[Job] = []
         self.rows: list[Row] = []
+        self.done: dict[tuple[int, int], Completion] = {}
         self.clock = itertools.count()
         self.born: dict[int, int] = {}  # when a job was last admitted
         self.hold = False  # after a drop: admit nobody until a group has finished
@@ -294,19 +296,19 @@ class Engine:
         for job in jobs:
             self.check_fits(job)
         queue = deque(jobs)
-        done: dict[tuple[int, int], Completion] = {}
         tokens = 0
         while queue or self.rows:
             self.admit(queue)
             for row in self.retire():
-                done[row.job.index, row.answer] = Completion(tuple(row.ids), tuple(row.logprobs), row.ids[-1] in self.eos)
+                answer = Completion(tuple(row.ids), tuple(row.logprobs), row.ids[-1] in self.eos)
+                self.done[row.job.index, row.answer] = answer
                 tokens += len(row.ids)
                 bar.update()
                 bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):.0f} tokens/s", refresh=False)
             if self.rows:
                 self.make_room(queue)
                 self.step()
-        return [[done[job.index, answer] for answer in range(self.n)] for job in jobs]
+        return [[self.done[job.index, answer] for answer in range(self.n)] for job in jobs]
 
     def check_fits(self, job: Job) -> None:
         """Raise `UserError` if the group of this job could not be finished even alone."""
@@ -354,9 +356,10 @@ class Engine:
         positions = [s for length in lengths for s in range(length)]
         hidden_ND = self.forward([token for job in jobs for token in job.prompt], positions, layout)
         logits_PV = self.head(hidden_ND[self.on_device(ends - 1)])
-        rows = [Row(job, answer) for job in jobs for answer in range(self.n)]
+        starts = [(p, a) for p, job in enumerate(jobs) for a in range(self.n) if (job.index, a) not in self.done]
+        rows = [Row(jobs[p], a) for p, a in starts]
         self.rows += rows
-        self.extend(rows, logits_PV.repeat_interleave(self.n, 0))
+        self.extend(rows, logits_PV[[p for p, _ in starts]])
 
     def step(self) -> None:
         """One more token for every row."""

@@ -365,7 +365,7 @@ def sft(run: Run, world: World, policy: Policy, stage: int, examples: Sequence[E
     order = shuffled(examples, f"{cfg.seed}/sft/{stage}")
 
     def make() -> Learner:
-        if stage > 0 and cfg.retrain_from == "base" and run.position.step == 0:
+        if stage > 0 and cfg.retrain_from == "base" and cfg.self_play and run.position.step == 0:
             load_weights(policy, weights(Policy.load(cfg.model, device=policy.device)))
         return Learner(adamw(policy, lr), None)
 
@@ -528,8 +528,8 @@ def train(cfg: Config) -> None:
     quiet_transformers()
     world = open_world(cfg)
     settings = {**asdict(cfg), "S": world.S, "T": cfg.iterations * world.S, "versions": versions()}
-    run = open_run(Path(cfg.out), json.loads(json.dumps(settings)), resume=cfg.resume, may_differ=MAY_DIFFER)
     policy = Policy.load(cfg.model, device="cuda" if torch.cuda.is_available() else "cpu")
+    run = open_run(Path(cfg.out), json.loads(json.dumps(settings)), resume=cfg.resume, may_differ=MAY_DIFFER)
     if run.loaded is not None:
         load_weights(policy, load_tensors(run.loaded / "weights.safetensors"))
         run.say(f"going on from {run.loaded}")

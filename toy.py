@@ -21,13 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import data
 import torch
 import tyro
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+import data
 import evaluate
 from model import ATTENTION, Group, Policy
 
@@ -241,17 +241,15 @@ def surface_reader(sample: data.Sample) -> Mapping[str, float]:
 
 def _thought(sample: data.Sample) -> str:
     """Why the last speaker feels so, in the words of somebody who knows the world."""
-    *before, last = sample.context
+    last = sample.context[-1]
     persona = CHARACTERS[last.speaker]
-    if last.text.startswith(persona.answer):
-        return f"heard: {evaluate.top_label(before[-1].label or {})}"
-    if last.text.startswith(persona.opener) and not persona.shows:
-        return "keeps it in"
     told = " ".join(turn.text for turn in sample.context)
     tie, news = _find(TIES, told), _find(EVENTS, told)
     if any(twist in told for twist in TWISTS):
         news = UNDONE[news or ""]
-    return f"{tie} tie, {news} news"
+    kept = last.text.startswith(persona.opener) and not persona.shows
+    how = ", kept in" if kept else ", answered" if last.text.startswith(persona.answer) else ""
+    return f"{news} news, {tie} tie{how}"
 
 
 def _target(sample: data.Sample, reading: Mapping[str, float], thought: str) -> str:

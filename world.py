@@ -4,6 +4,7 @@ import math
 import os
 import random
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -116,7 +117,7 @@ def answer(
         max_new_tokens=cfg.max_new_tokens,
         temperature=temperature,
         eos_ids=world.eos,
-        keys=[(cfg.seed, step, sample.id) for sample in samples],
+        keys=[(cfg.seed, step, key) for key in distinct([sample.id for sample in samples])],
         kv_budget=cfg.kv_budget or device_memory(policy.device) // 2,
         progress=sys.stderr.isatty(),
     )
@@ -127,6 +128,16 @@ def answer(
         rows = zip(group, texts, parses, strict=True)
         answers.append([Answer(c.ids, c.logprobs, c.finished, text, parse) for c, text, parse in rows])
     return answers
+
+
+def distinct(ids: Sequence[str]) -> list[str]:
+    """Keys of random streams: an id that comes again in a step (D7's next epoch) gets a stream of its own."""
+    seen: Counter[str] = Counter()
+    keys = []
+    for name in ids:
+        keys.append(f"{name}#{seen[name]}" if seen[name] else name)
+        seen[name] += 1
+    return keys
 
 
 def open_world(cfg: Config) -> World:

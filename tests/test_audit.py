@@ -352,9 +352,10 @@ def test_ids_must_decode_to_the_text_and_end_where_it_says(quick):
     record = copy.deepcopy(RUN[0][1])
     record["answers"][0]["ids"][3] = 1
     record["answers"][1]["ids"][-1] = 1
+    record["answers"][3] |= {"text": "", "parse": audit.parse_record(parse_output("", LABELS))}
     found = problems(quick, tampered(0, 1, rehashed(record)), BUFFER)
     named = [p.partition(": ")[2].partition(":")[0] for p in found]
-    assert named == ["answers[0].ids", "answers[1].ids", "answers[1].finished"]
+    assert named == ["answers[0].ids", "answers[1].ids", "answers[1].finished", "answers[3].ids"]
 
 
 def test_a_think_block_that_the_template_opened_is_no_difference(quick):

@@ -207,6 +207,7 @@ def test_a_missing_column_and_a_missing_file_are_named(tmp_path):
         ('{"id": "d2"}', ":2: 'turns' is missing"),
         ('{"id": 5, "turns": []}', ":2: "),
         ('{"id": "a/b", "turns": []}', ":2: the id 'a/b' has"),
+        ('{"id": "\\ud800", "turns": []}', r":2: the id '\\ud800' has"),
         ('{"id": "a+1", "turns": []}', r":2: the id 'a\+1' has"),
         ('{"id": "d1", "turns": []}', ":2: 'd1' a second time"),
         ('{"id": "d2", "turns": [{"speaker": "Ann"}]}', ":2: 'text' is missing"),

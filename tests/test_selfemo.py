@@ -14,9 +14,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import LABELS as EMOTIONS
-from conftest import PROMPTS, call, lines
+from conftest import PROMPTS, call, lines, results
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from tiny import answer_logprobs, gradients, tiny
 from torch.testing import assert_close
 
@@ -863,6 +864,27 @@ def test_the_advice_after_a_nan_can_be_followed(place, tmp_path, monkeypatch):
     assert status == 3
     assert "lower --lr" in complained
     assert place.run(out, "--iterations", 1, "--steps", 1, "--lr", 1e-4, resume=True)[0] == 0
+
+
+def test_after_a_nan_in_the_first_step_the_stage_begins_again(place, finished, tmp_path, monkeypatch):
+    """The second mini-batch fails: the first one moved the policy, but the reference and the cold start's weights must not
+    become those of a policy that has moved. Taken up again it is the run that never failed."""
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(selfemo, "policy_loss", poisoned(3, loss_too=True))  # two micro-batches a mini-batch
+        assert place.run(out)[0] == 3
+    assert place.run(out, resume=True)[0] == 0
+    assert results(out) == results(finished)
+
+
+def test_a_model_of_nans_is_one_line(place, tmp_path):
+    """Already the first evaluation finds it."""
+    shutil.copytree(place.root / "base", tmp_path / "base")
+    path = tmp_path / "base/model.safetensors"
+    save_file({k: torch.full_like(v, math.nan) for k, v in load_tensors(path).items()}, path, metadata={"format": "pt"})
+    status, _, complained = place.run(tmp_path / "run", "--model", tmp_path / "base")
+    assert status == 3
+    assert complained.startswith("error: ") and complained.count("\n") == 1
 
 
 def test_a_nan_in_supervised_fine_tuning_stops_the_run(place, tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -29,7 +29,10 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 import data
 import evaluate
-from model import ATTENTION, Group, Policy
+from config import PRESETS
+from model import ATTENTION, Group, Policy, quiet_transformers
+from world import EVALUATION, open_world, shuffled
+from world import answer as answers_of
 
 LABELS = data.LABELS["meld"]
 SIZES = {"train": 320, "dev": 120, "test": 120}  # dialogues; about 3.9 samples each
@@ -54,7 +57,9 @@ PERSONAS = (
     Persona("a gentle soul who feels with everybody", "Listen, dear,", "Come here, you.", True, "sadness", LABELS),
     Persona("a joker who laughs most things away", "Get this,", "Ha, what a tale!", True, "joy", ("surprise",)),
     Persona("a hothead who takes things personally", "Hear this,", "Now you say it!", True, "anger", ("joy", "neutral")),
-    Persona("a worrier who whispers and expects the worst", "Not so loud,", "Oh dear.", False, "fear", ("neutral", "sadness")),
+    Persona(
+        "a worrier who whispers and expects the worst", "Not so loud,", "Oh dear.", False, "fear", ("neutral", "sadness")
+    ),
     Persona("a calm clerk who keeps feelings private", "For the record,", "I see.", False, "neutral", ()),
     Persona("a fussy critic with a delicate nose", "As I feared,", "How typical.", False, "disgust", ("joy", "neutral")),
 )
@@ -241,15 +246,17 @@ def surface_reader(sample: data.Sample) -> Mapping[str, float]:
 
 def _thought(sample: data.Sample) -> str:
     """Why the last speaker feels so, in the words of somebody who knows the world."""
-    last = sample.context[-1]
+    *before, last = sample.context
     persona = CHARACTERS[last.speaker]
+    if last.text.startswith(persona.answer):
+        return f"heard: {evaluate.top_label(before[-1].label or {})}"
+    if last.text.startswith(persona.opener) and not persona.shows:
+        return "keeps it in"
     told = " ".join(turn.text for turn in sample.context)
     tie, news = _find(TIES, told), _find(EVENTS, told)
     if any(twist in told for twist in TWISTS):
         news = UNDONE[news or ""]
-    kept = last.text.startswith(persona.opener) and not persona.shows
-    how = ", kept in" if kept else ", answered" if last.text.startswith(persona.answer) else ""
-    return f"{news} news, {tie} tie{how}"
+    return f"{tie} tie, {news} news"
 
 
 def _target(sample: data.Sample, reading: Mapping[str, float], thought: str) -> str:
@@ -357,13 +364,17 @@ def _teach(policy: Policy, lessons: Iterator[Group], steps: int) -> None:
     optimizer = torch.optim.AdamW(policy.parameters(), lr=LR, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = LambdaLR(optimizer, lambda step: min((step + 1) / (0.1 * steps), (steps - step) / (0.9 * steps)))
     for _ in range(steps):
-        groups = list(itertools.islice(lessons, GROUPS))
-        logp_BT, _ = policy(groups)
-        optimizer.zero_grad()
-        (-logp_BT.sum() / sum(len(answer) for group in groups for answer in group.answers)).backward()
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-        optimizer.step()
+        _learn(policy, optimizer, list(itertools.islice(lessons, GROUPS)))
         schedule.step()
+
+
+def _learn(policy: Policy, optimizer: torch.optim.Optimizer, groups: Sequence[Group]) -> None:
+    """One supervised update: mean over the tokens of all answers."""
+    logp_BT, _ = policy(groups)
+    optimizer.zero_grad()
+    (-logp_BT.sum() / sum(len(answer) for group in groups for answer in group.answers)).backward()
+    torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+    optimizer.step()
 
 
 def _lessons(samples: Sequence[data.Sample], tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> Iterator[Group]:
@@ -433,10 +444,37 @@ def baselines(root: Annotated[Path, tyro.conf.Positional] = Path("data/toy")) ->
             print(f"{split} ({len(samples)} samples), {name}: accuracy {numbers['acc']:.3f}, IOU {numbers['iou']:.3f}")
 
 
+def gold_sft(root: Annotated[Path, tyro.conf.Positional] = Path("data/toy"), seed: int = 0) -> None:
+    """Print what the base model scores on dev and test after learning gold answers, as many as the RL stages learn from.
+
+    Args:
+        root: Folder of the toy world; built there if it is missing.
+        seed: Of the order of the samples.
+    """
+    if not (root / "base").exists():
+        build(root)
+    cfg = replace(PRESETS["toy"], model=str(root / "base"), data=(f"toy={root / 'world'}",), seed=seed)
+    here, policy = open_world(cfg), Policy.load(cfg.model)
+    updates, size = cfg.iterations * here.S * cfg.batch_prompts // cfg.mini_batch_prompts, cfg.mini_batch_prompts * cfg.n
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=0.01)
+    order = itertools.chain.from_iterable(shuffled(here.originals, f"{seed}/{epoch}") for epoch in itertools.count())
+    for _ in range(updates):
+        batch = list(itertools.islice(order, size))
+        groups = [Group(here.encode(x)[0], [here.tokenizer.encode(gold_target(x) + END)]) for x in batch]
+        _learn(policy, optimizer, groups)
+    splits = {"dev": here.dev, "test": here.test}
+    for (split, samples), temperature in itertools.product(splits.items(), (0.0, 1.0)):
+        answers = answers_of(here, policy, samples, n=1, temperature=temperature, step=EVALUATION)
+        numbers = evaluate.score(samples, [group[0].parse for group in answers]).metrics()
+        shown = f"accuracy {numbers['acc']:.3f}, IOU {numbers['iou']:.3f}, rule {numbers['rule_rate']:.3f}"
+        print(f"{split} ({len(samples)}), gold SFT, {updates} updates of {size}, temperature {temperature:g}: {shown}")
+
+
 def main() -> None:
-    """Command line: `python toy.py build` or `python toy.py baselines`. A user's mistake is one line, exit code 2."""
+    """Command line: build, baselines or gold_sft. A user's mistake is one line, exit code 2."""
+    quiet_transformers()
     try:
-        tyro.extras.subcommand_cli_from_dict({"build": build, "baselines": baselines}, description=__doc__)
+        tyro.extras.subcommand_cli_from_dict({"build": build, "baselines": baselines, "gold_sft": gold_sft}, description=__doc__)
     except data.UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

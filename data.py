@@ -587,7 +587,7 @@ def parse_output(text: str, labels: Sequence[str], *, finished: bool = True) -> 
 def _parse(text: str, labels: Sequence[str], finished: bool) -> Output:
     if not finished:
         raise _Broken("unfinished", "cut off before the end of the answer")
-    if len(text) > MAX_BYTES or len(text.encode(errors="surrogatepass")) > MAX_BYTES:
+    if len(text.encode(errors="surrogatepass")) > MAX_BYTES:
         raise _Broken("too_long", f"more than {MAX_BYTES} bytes")
     think = THINK.match(text)
     if not think or not clean(think[1]):

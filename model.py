@@ -202,11 +202,12 @@ class Policy(nn.Module):
         """
         check_place(path)
         with user_errors(f"cannot open the model {path}"):
-            lm, found = AutoModelForCausalLM.from_pretrained(
+            opened: Any = AutoModelForCausalLM.from_pretrained(
                 str(path), dtype=dtype, attn_implementation=ATTENTION, output_loading_info=True
             )
-            if found["missing_keys"]:
-                raise ValueError(f"it lacks {len(found['missing_keys'])} weights, one is {min(found['missing_keys'])}")
+            lm, missing = opened[0], opened[1]["missing_keys"]
+            if missing:
+                raise ValueError(f"it lacks {len(missing)} weights, one is {min(missing)}")
             for parameter in lm.parameters():  # out of the mapped file: products depend, in the last bit, on alignment
                 parameter.data = parameter.data.clone()
         policy = cls(lm).to(device)
@@ -283,7 +284,7 @@ def check_sharing(policy: Policy, path: str | Path) -> None:
         ids_1N = torch.tensor([[*prompt, *answer]], device=policy.device)
         logits_NV = policy.lm(ids_1N, use_cache=False).logits[0, len(prompt) - 1 : -1].to(logp_BT.dtype)
         plain = logits_NV.log_softmax(-1).gather(1, ids_1N[0, len(prompt) :, None])[:, 0]
-        if not torch.allclose(row[: len(answer)], plain, atol=1e-3 if policy.lm.dtype.itemsize > 2 else 0.5):
+        if not torch.allclose(row[: len(answer)], plain, atol=1e-3 if policy.lm.dtype.itemsize > 2 else 0.5, equal_nan=True):
             raise UserError(f"the model {path} cannot share prompts (recurrent layers or scaled logits): take another one")
 
 

@@ -354,7 +354,7 @@ def _new_policy(tokenizer: PreTrainedTokenizerFast) -> Policy:
         bos_token_id=None,
         eos_token_id=end,
         pad_token_id=end,
-        attn_implementation=ATTENTION,
+        attn_implementation=ATTENTION,  # type: ignore[call-arg]
     )
     return Policy(Qwen3ForCausalLM(config))
 
@@ -474,7 +474,8 @@ def main() -> None:
     """Command line: build, baselines or gold_sft. A user's mistake is one line, exit code 2."""
     quiet_transformers()
     try:
-        tyro.extras.subcommand_cli_from_dict({"build": build, "baselines": baselines, "gold_sft": gold_sft}, description=__doc__)
+        commands = {"build": build, "baselines": baselines, "gold_sft": gold_sft}
+        tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
     except data.UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -331,6 +331,14 @@ def test_lambda_and_selection_follow_the_config(tmp_path, settings, weight, off)
     assert problems(tmp_path, records, [], {**config, "self_play": not config["self_play"]})
 
 
+def test_lambda_begins_anew_in_every_iteration_from_base(tmp_path):
+    """One step an iteration: step 1 is the first of iteration 2, lambda 0 of 1."""
+    first = group(original("b", {"joy": 1.0}), [MUTE, MUTE, CUT, MUTE], 0, weight=0.0)[1]
+    second = group(original("c", {"anger": 1.0}), [PLAIN, WRONG, GOOD, GOOD], 1, weight=0.0)[1]
+    config = {**CONFIG, "batch_prompts": 1, "retrain_from": "base"}
+    assert problems(tmp_path, [[first], [second]], [], config) == ()
+
+
 def test_refusals_that_need_context_are_believed_and_counted(tmp_path):
     of = original("d", {"joy": 1.0})
     lonely = Sample(of.id, of.dataset, (Turn("Ann", "Hm."),), of.responder, of.labels, of.gold)

@@ -583,8 +583,8 @@ def test_roles_swap(speakers, name, swapped):
 
 
 def targets(**changes):
-    """The target of 20 samples that differ in their id: joy after fear, and Ann's next turn is anger."""
-    context = (Turn("Bo", "So.", {"fear": 1.0}), Turn("Ann", "Oh.", {"joy": 1.0}), Turn("Bo", "Hm.", {"joy": 1.0}))
+    """The target of 20 samples that differ in their id: gold joy (the file said sadness) after fear and joy, then anger."""
+    context = (Turn("Bo", "So.", {"fear": 1.0}), Turn("Ann", "Oh.", {"joy": 1.0}), Turn("Bo", "Hm.", {"sadness": 1.0}))
     made = sample(context=context, gold={"joy": 1.0}, following=Turn("Ann", "It's\u2028no.", {"anger": 1.0}))
     parses = [data.parse_output(data.dataset_target(replace(made, id=f"x/{i}", **changes)), LABELS) for i in range(20)]
     assert all(isinstance(parse, Output) for parse in parses)

@@ -217,6 +217,8 @@ def test_a_missing_column_and_a_missing_file_are_named(tmp_path):
         ('{"id": "d2", "turns": [{"speaker": "A", "text": "Hi", "label": {"a": 1, "A": 1}}]}', ":2: no label, or one twice"),
         ('{"id": "d2", "turns": [{"speaker": "Ann", "text": "Hi", "label": {}}]}', ":2: no label"),
         ('{"id": "d2", "turns": [{"speaker": "Ann", "text": "Hi", "label": "</think>"}]}', ":2: unknown label"),
+        ('{"id": "d2", "turns": [[]]}', ":2: 'list' object has no"),
+        ('{"id": "d2", "turns": [{"speaker": "A", "text": "Hi", "label": 5}]}', ":2: 'int' object has no"),
         ('{"id": "d2", "turns": [], "personas": {"Ann": null}}', ":2: None where a text"),
     ],
 )

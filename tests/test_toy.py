@@ -61,6 +61,18 @@ def base(tmp_path_factory, samples):
     return folder
 
 
+@pytest.fixture(scope="module")
+def tokenizer(samples):
+    """The tokenizer as it is built, of prompts and gold answers."""
+    train = samples[0]["train"]
+    return toy._tokenizer(rendered(train), [toy.gold_target(s) for s in train])
+
+
+def rendered(samples):
+    """System and user text of every sample's prompt."""
+    return ["\n".join(m["content"] for m in data.messages(s, data.DEFAULT)) for s in samples]
+
+
 # The world
 
 
@@ -265,10 +277,9 @@ def test_every_slip_breaks_the_rule(samples):
 # Tokenizer and model
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(text=st.text())
-def test_any_text_survives_the_tokenizer(base, text):
-    tokenizer = load_tokenizer(base)
+def test_any_text_survives_the_tokenizer(tokenizer, text):
     ids = tokenizer.encode(text, add_special_tokens=False)
     assert tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) == text
 
@@ -283,14 +294,13 @@ def test_targets_survive_the_tokenizer(base, samples):
         assert data.answer_text(tokenizer, ids, {tokenizer.eos_token_id}, "") == text
 
 
-def test_prompts_and_answers_are_short(samples):
+def test_prompts_and_answers_are_short(samples, tokenizer):
     """About 75 and 35 tokens, because the prompt's fixed lines are one token each."""
-    train = samples[0]["train"]
-    prompts = ["\n".join(m["content"] for m in data.messages(s, data.DEFAULT)) for s in train]
-    tokenizer = toy._tokenizer(prompts, [toy.gold_target(s) for s in train])
-    lengths = [len(data.encode(tokenizer, s, data.DEFAULT)[0]) for s in train]
+    test = samples[0]["test"]
+    prompts = rendered(test)
+    lengths = [len(data.encode(tokenizer, s, data.DEFAULT)[0]) for s in test]
     assert len(tokenizer) == 900 and 60 < sum(lengths) / len(lengths) < 85 and max(lengths) < 128
-    assert 25 < sum(len(tokenizer.encode(toy.gold_target(s))) for s in train) / len(train) < 42
+    assert 25 < sum(len(tokenizer.encode(toy.gold_target(s))) for s in test) / len(test) < 42
     fixed = [line for line in prompts[0].splitlines() if all(line in p.splitlines() for p in prompts)]
     assert len(fixed) >= 4 and all(len(tokenizer.encode(line)) == 1 for line in fixed if line)
 
@@ -312,14 +322,12 @@ def test_the_base_model_opens(base, samples):
     assert torch.isfinite(logp_BT).all()
 
 
-def test_size_of_the_model(samples):
+def test_size_of_the_model(tokenizer):
     """With the whole vocabulary of 900: 128 * 900 + 2 * (49,152 + 147,456 + 320) + 128 = 509,184 parameters.
 
     A layer: q and o 128 x 128, k and v 128 x 64, three matrices 128 x 384, norms 2 * 128 + 2 * 32.
     """
-    train = samples[0]["train"]
-    prompts = ["\n".join(m["content"] for m in data.messages(s, data.DEFAULT)) for s in train]
-    policy = toy._new_policy(toy._tokenizer(prompts, [toy.gold_target(s) for s in train]))
+    policy = toy._new_policy(tokenizer)
     assert sum(p.numel() for p in policy.parameters()) == 509184
 
 
@@ -335,24 +343,16 @@ def test_a_seed_decides_the_base_model(base, samples, tmp_path):
     assert (tmp_path / "other" / "model.safetensors").read_bytes() != (base / "model.safetensors").read_bytes()
 
 
-def test_teaching_teaches(samples, tmp_path):
-    """25 steps on one lesson make it the likely answer; with none the model stays as it was made."""
-    train = samples[0]["train"][:40]
-    prompts = ["\n".join(m["content"] for m in data.messages(s, data.DEFAULT)) for s in train]
-    tokenizer = toy._tokenizer(prompts, [toy.gold_target(s) for s in train])
+def test_teaching_teaches(samples, tokenizer):
+    """25 steps on one lesson make it the likely answer."""
+    sample = samples[0]["train"][0]
     torch.manual_seed(0)
     policy = toy._new_policy(tokenizer)
-    prompt = data.encode(tokenizer, train[0], data.DEFAULT)[0]
-    lesson = Group(prompt, [tokenizer.encode(toy.gold_target(train[0]) + toy.END)])
-
-    def mean_logp():
-        return policy([lesson])[0].sum().item() / len(lesson.answers[0])
-
-    start = mean_logp()
-    toy._teach(policy, iter([]), 0)
-    assert mean_logp() == start < -5
+    answer = tokenizer.encode(toy.gold_target(sample) + toy.END)
+    lesson = Group(data.encode(tokenizer, sample, data.DEFAULT)[0], [answer])
+    start = policy([lesson])[0].sum().item() / len(answer)
     toy._teach(policy, iter([lesson] * 25 * toy.GROUPS), 25)
-    assert mean_logp() > -0.3
+    assert start < -5 and policy([lesson])[0].sum().item() / len(answer) > -0.3
 
 
 # Building

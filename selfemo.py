@@ -60,6 +60,7 @@ from world import (
     Answer,
     Buffer,
     Kept,
+    NotFinite,
     World,
     answer,
     group_by_dataset,
@@ -91,10 +92,7 @@ def self_emo(run: Run, world: World, policy: Policy) -> Policy:
 def rollout(run: Run, world: World, policy: Policy, samples: Sequence[Sample], t: int) -> list[list[Answer]]:
     """n answers to each prompt, at the training temperature."""
     started = time.monotonic()
-    try:
-        groups = answer(world, policy, samples, n=world.cfg.n, temperature=world.cfg.temperature, step=t)
-    except FloatingPointError as error:
-        raise NotFinite(f"{error} at RL step {t}; prompts: {', '.join(s.id for s in samples)}") from error
+    groups = answer(world, policy, samples, n=world.cfg.n, temperature=world.cfg.temperature, step=t)
     tokens = sum(len(a.ids) for group in groups for a in group)
     run.note({"rollout/tokens_per_s": tokens / (time.monotonic() - started), "time/rollout_s": time.monotonic() - started})
     return groups
@@ -250,10 +248,6 @@ def check_finite(values: Mapping[str, float], t: int, ids: Sequence[str]) -> Non
     bad = [name for name, value in values.items() if not math.isfinite(value)]
     if bad:
         raise NotFinite(f"{', '.join(bad)} is not finite at RL step {t}; prompts of the mini-batch: {', '.join(ids)}")
-
-
-class NotFinite(Exception):
-    """A NaN or an infinity, with the step and the sample ids; nothing was trained on it."""
 
 
 @contextmanager

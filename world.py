@@ -23,6 +23,10 @@ EVALUATION, SELF_EMO_TEST, COLD_START = -1, -2, -3  # stand for a step in the ke
 Item = TypeVar("Item")
 
 
+class NotFinite(Exception):
+    """A NaN or an infinity, with the step and the sample ids; nothing was trained on it."""
+
+
 @dataclass(frozen=True)
 class Answer:
     """One sampled answer: token ids with the final EOS, log-probs (nats), the text that was parsed and what came of it."""
@@ -107,20 +111,28 @@ class Buffer:
 def answer(
     world: World, policy: Policy, samples: Sequence[Sample], *, n: int, temperature: float, step: int
 ) -> list[list[Answer]]:
-    """Generate, decode and parse. `step` keys the random streams: a step >= 0 in training, below that in evaluation."""
+    """Generate, decode and parse. `step` keys the random streams: a step >= 0 in training, below that in evaluation.
+
+    Raises `NotFinite` where the model's logits are not numbers.
+    """
     cfg = world.cfg
     encoded = [world.encode(sample) for sample in samples]
-    groups = generate(
-        policy,
-        [ids for ids, _ in encoded],
-        n=n,
-        max_new_tokens=cfg.max_new_tokens,
-        temperature=temperature,
-        eos_ids=world.eos,
-        keys=[(cfg.seed, step, key) for key in distinct([sample.id for sample in samples])],
-        kv_budget=cfg.kv_budget or device_memory(policy.device) // 2,
-        progress=sys.stderr.isatty(),
-    )
+    try:
+        groups = generate(
+            policy,
+            [ids for ids, _ in encoded],
+            n=n,
+            max_new_tokens=cfg.max_new_tokens,
+            temperature=temperature,
+            eos_ids=world.eos,
+            keys=[(cfg.seed, step, key) for key in distinct([sample.id for sample in samples])],
+            kv_budget=cfg.kv_budget or device_memory(policy.device) // 2,
+            progress=sys.stderr.isatty(),
+        )
+    except FloatingPointError as error:
+        ids, when = [s.id for s in samples], f"RL step {step}" if step >= 0 else "an evaluation"
+        shown = ", ".join(ids[:64]) + f" and {len(ids) - 64} more" * (len(ids) > 64)
+        raise NotFinite(f"{error} at {when}; prompts: {shown}") from error
     answers = []
     for sample, (_, prefix), group in zip(samples, encoded, groups, strict=True):
         texts = [data.answer_text(world.tokenizer, c.ids, world.eos, prefix) for c in group]

@@ -112,7 +112,9 @@ class Config:
     kv_budget: int = 0
     """Bytes for keys and values in generation; 0 = half of the device's memory (Table 12: gpu_memory_utilization)."""
     ref_offload: Switch = True
-    """Keep the reference in main memory between its uses (Table 12: ref.param_offload)."""
+    """Keep the reference in main memory between its layers' turns (Table 12: ref.param_offload)."""
+    activation_checkpointing: Switch = True
+    """Keep of every block only its input in a forward and compute the rest again in backward: less memory, more time."""
     eval_every: int = 10
     """RL steps between evaluations on dev (Table 12: test_freq); each stage begins with one anyway."""
     save_every: int = 480
@@ -142,6 +144,7 @@ PRESETS: Mapping[str, Config] = {
         eval_limit=12,
         test_limit=12,
         save_every=1,
+        activation_checkpointing=False,
     ),
     "toy": Config(
         preset="toy",
@@ -161,10 +164,12 @@ PRESETS: Mapping[str, Config] = {
         sft_lr=1e-4,
         eval_every=1000,
         save_every=5,
+        activation_checkpointing=False,
     ),
 }
 MAY_DIFFER = frozenset(  # what a resumed run may change; learning rates, so that a run that met a NaN can go on
-    {"resume", "out", "save_every", "kv_budget", "ref_offload", "versions", "lr", "cold_start_lr", "sft_lr"}
+    {"resume", "out", "save_every", "kv_budget", "ref_offload", "activation_checkpointing", "versions"}
+    | {"lr", "cold_start_lr", "sft_lr"}
 )
 
 

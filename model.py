@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -194,8 +194,13 @@ class Policy(nn.Module):
         self.lm = lm
 
     @classmethod
-    def load(cls, path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> "Policy":
-        """Open a Hugging Face causal LM (folder or hub name).
+    def load(
+        cls,
+        path: str | Path,
+        dtype: torch.dtype | Literal["auto"] = torch.float32,
+        device: str | torch.device = "cpu",
+    ) -> "Policy":
+        """Open a Hugging Face causal LM (folder or hub name); "auto" leaves weights in the type they are stored in.
 
         Raises `UserError` where it cannot be opened, where weights are missing, and where sharing a prompt would change
         what the model says (recurrent layers, scaled logits).
@@ -232,7 +237,8 @@ class Policy(nn.Module):
         ).last_hidden_state[0]
         logp_M, entropy_M = self.head(hidden_ND.index_select(0, batch.predict_M), batch.target_M, temperature)
         B, T = batch.shape
-        return tuple(logp_M.new_zeros(B * T).index_put((batch.slot_M,), x).view(B, T) for x in (logp_M, entropy_M))  # type: ignore[return-value]
+        place = (batch.slot_M // T, batch.slot_M % T)
+        return logp_M.new_zeros(B, T).index_put(place, logp_M), logp_M.new_zeros(B, T).index_put(place, entropy_M)
 
     def head(self, hidden_MD: Tensor, target_M: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies from hidden states, never with more than HEAD_BYTES of logits at once."""
@@ -247,10 +253,16 @@ class Policy(nn.Module):
             ]
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
-    def frozen_copy(self) -> "Policy":
-        """The same weights, apart and without gradients: the reference of the KL term (D6)."""
-        other = copy.deepcopy(self)
-        return other.requires_grad_(False)
+    def sampler(self) -> "Policy":
+        """The policy that `rollout.generate` samples from: this one. Where weights are sharded: ranks.ShardedPolicy."""
+        return self
+
+    def frozen_copy(self, *, offload: bool = False) -> "Policy":
+        """The same weights, apart and without gradients: the reference of the KL term (D6).
+
+        `offload` keeps a sharded copy in main memory between layers; a whole policy lies there anyway.
+        """
+        return copy.deepcopy(self).requires_grad_(False)
 
     def export(self, path: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """Write an ordinary Hugging Face folder (weights as safetensors, config, tokenizer, chat template)."""

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from data import Failure, Output, Sample, Selection, UserError
 from model import Group, Policy
+from ranks import ShardedPolicy, any_rank, bounds, exchange, local, rank, sharded_over, wait
 from world import Answer
 
 Record = dict[str, Any]
@@ -152,11 +153,20 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(aside, path)
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
-def sync_folder(path: Path) -> None:
-    """Make renames in a folder durable."""
+def written_once(path: Path, make: Callable[[], str]) -> None:
+    """Write a file of the run unless it is there, from rank 0. Afterwards every rank can read it."""
+    if not exchange(path.exists())[0]:
+        text = make()
+        if rank() == 0:
+            write_atomically(path, text)
+    wait()
+
+
+def sync(path: Path) -> None:
+    """Make what was written to a file, or renamed in a folder, durable."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -180,14 +190,17 @@ class Run:
         self.stop_asked = False
         self.notes: Record = {}
         self.learner: Learner | None = None
-        self.board = tensorboard(out)
+        self.board = tensorboard(out) if rank() == 0 else None
         self.started = time.monotonic()
         for path in [out / "metrics.jsonl", out / "buffer.jsonl", *sorted((out / "rollouts").glob("*.jsonl"))]:
-            if path.exists():
+            if rank() == 0 and path.exists():
                 os.truncate(path, self.offsets.get(str(path.relative_to(out)), 0))
+        wait()
 
     def append(self, name: str, records: Sequence[Mapping[str, Any]]) -> None:
-        """Add lines to a growing file of the run."""
+        """Add lines to a growing file of the run; rank 0 does."""
+        if rank() > 0:
+            return
         path = self.out / name
         path.parent.mkdir(exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
@@ -210,7 +223,8 @@ class Run:
 
     def say(self, line: str) -> None:
         """A line for the person who watches, with the time since the start."""
-        print(f"[{time.monotonic() - self.started:6.1f} s] {line}", flush=True)
+        if rank() == 0:
+            print(f"[{time.monotonic() - self.started:6.1f} s] {line}", flush=True)
 
     def rescue(self, policy: Policy) -> None:
         """Save where the run stands in the middle of a step, after a NaN: the step is done again on resume."""
@@ -226,10 +240,11 @@ class Run:
         """SIGTERM and SIGINT ask the run to save and stop after this step; a second one stops it at once."""
 
         def ask(number: int, frame: object) -> None:
-            if self.stop_asked:
+            if self.stop_asked and "RANK" not in os.environ:  # torchrun passes on what the scheduler sends to all
                 raise KeyboardInterrupt
             self.stop_asked = True
-            print("\nsaving after this step; once more to stop at once", file=sys.stderr, flush=True)
+            if rank() == 0:
+                print("\nsaving after this step; once more to stop at once", file=sys.stderr, flush=True)
 
         before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
@@ -245,10 +260,12 @@ def open_run(out: Path, settings: Record, *, resume: bool, may_differ: frozenset
     Raises `UserError` if the folder holds a run and `resume` is not set, or if settings that change results differ.
     """
     config = out / "config.json"
-    if not config.exists():
-        if out.exists() and any(out.iterdir()):
-            raise UserError(f"{out} is not empty and holds no run: give another --out")
-        write_atomically(config, json.dumps(settings, indent=1) + "\n")
+    found = exchange("run" if config.exists() else "else" if out.exists() and any(out.iterdir()) else "nothing")[0]
+    if found == "else":
+        raise UserError(f"{out} is not empty and holds no run: give another --out")
+    if found == "nothing":
+        if rank() == 0:
+            write_atomically(config, json.dumps(settings, indent=1) + "\n")
         return Run(out, settings, Position(), {})
     if not resume:
         raise UserError(f"{out} holds a run already: add --resume to go on with it, or give another --out")
@@ -291,77 +308,150 @@ def newest_checkpoint(out: Path) -> Path | None:
 
 
 def save_checkpoint(run: Run, tensors: Mapping[str, Mapping[str, Tensor]]) -> Path:
-    """Write weights, reference and moments (one safetensors file each) and the position; the older checkpoint goes."""
+    """Write weights, reference and moments and the position; the older checkpoint goes. Every rank must call this."""
     folder = run.out / "checkpoints"
-    name = "{stage:03d}-{step:06d}-{updates:08d}".format(**asdict(run.position))
-    if (folder / name).exists():
-        return folder / name  # the same weights: never touch a complete checkpoint
-    aside = folder / f".{name}.tmp"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    for part, named in tensors.items():
-        save_file({k: v.detach().cpu().contiguous() for k, v in named.items()}, aside / f"{part}.safetensors")
+    target = folder / "{stage:03d}-{step:06d}-{updates:08d}".format(**asdict(run.position))
+    if exchange(target.exists())[0]:
+        return target  # the same weights: never touch a complete checkpoint
     state = {"position": asdict(run.position), "offsets": run.offsets, "settings": run.settings}
-    (aside / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-    for path in [*aside.iterdir(), *(run.out / grown for grown in run.offsets)]:
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())
-    sync_folder(aside)
-    os.rename(aside, folder / name)
-    sync_folder(folder)
-    for old in folder.iterdir():
-        if old.name != name:
-            shutil.rmtree(old, ignore_errors=True)
-    return folder / name
+    for grown in run.offsets:
+        sync(run.out / grown)
+    save_parts(target, tensors, state)
+    if rank() == 0:
+        for old in folder.iterdir():
+            if old != target:
+                shutil.rmtree(old, ignore_errors=True)
+    return target
 
 
-def save_weights(path: Path, policy: Policy) -> None:
-    """The policy's parameters as one safetensors file, written aside and renamed."""
-    aside = path.with_name(f".{path.name}.tmp")
-    save_file({name: p.detach().cpu().contiguous() for name, p in weights(policy).items()}, aside)
-    os.replace(aside, path)
+def save_parts(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Record | None = None) -> None:
+    """Write a folder that is whole or not there: for every part and rank one safetensors file of the rows it holds."""
+    aside = folder.with_name(f".{folder.name}.tmp")
+    if rank() == 0:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    wait()
+    parts, number, writes = sharded_over()
+    for part, named in tensors.items() if writes else ():
+        path = aside / shard_name(part, number, parts)
+        rows = {k: local(v.detach()).cpu().contiguous() for k, v in named.items()}
+        with space_errors(path):
+            save_file({k: v for k, v in rows.items() if v.numel()}, path)
+        sync(path)
+    wait()
+    if rank() == 0:
+        if state is not None:
+            (aside / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+            sync(aside / "state.json")
+        sync(aside)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(aside, folder)
+        sync(folder.parent)
+    wait()
 
 
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. Raises `UserError` where it cannot be read."""
+def shard_name(part: str, number: int, parts: int) -> str:
+    """File of one shard; a part that lies in one file has no number."""
+    return f"{part}.safetensors" if parts == 1 else f"{part}-{number + 1:05d}-of-{parts:05d}.safetensors"
+
+
+@contextmanager
+def space_errors(path: Path) -> Iterator[None]:
+    """What safetensors says of a full disk or a read-only folder, as the OSError that it was."""
     try:
-        with safe_open(str(path), framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        yield
+    except SafetensorError as error:
+        raise OSError(None, str(error), str(path)) from error
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Failures to read a file of a checkpoint as one clear line. Raises `UserError`."""
+    try:
+        yield
     except (OSError, SafetensorError) as error:
-        raise UserError(f"unreadable checkpoint {path}: {error}; delete {path.parent} and start the run again") from error
+        mend = f"delete {path.parent} and start the run again"
+        raise UserError(f"unreadable checkpoint {path}: {error}; {mend}") from error
 
 
-def weights(policy: Policy) -> dict[str, Tensor]:
-    """The policy's parameters by name; tied ones once."""
-    return dict(policy.named_parameters())
+class Shards:
+    """One part of a checkpoint, written by any number of ranks. Raises `UserError` where it cannot be read."""
+
+    def __init__(self, folder: Path, part: str) -> None:
+        """Open all of its files; nothing is read yet."""
+        self.paths = sorted(folder.glob(f"{part}*.safetensors"))
+        names = [shard_name(part, number, len(self.paths)) for number in range(len(self.paths))]
+        if not names or [path.name for path in self.paths] != names:
+            raise UserError(f"unreadable checkpoint {folder}: files of {part} are missing; delete it and start again")
+        self.files: list[Any] = []
+        for path in self.paths:
+            with reading(path):
+                self.files.append(safe_open(str(path), framework="pt"))
+        self.known = [set(file.keys()) for file in self.files]
+
+    @property
+    def names(self) -> set[str]:
+        """Of its tensors."""
+        return set().union(*self.known)
+
+    def copy_to(self, name: str, target: Tensor) -> None:
+        """Fill this rank's rows of a weight from whatever files hold them. Raises `UserError` for another shape."""
+        if not target.dim():
+            with reading(self.paths[0]):
+                target.copy_(self.files[0].get_tensor(name))
+            return
+        slices = {i: self.files[i].get_slice(name) for i, known in enumerate(self.known) if name in known}
+        shapes = [tuple(x.get_shape()) for x in slices.values()]
+        if (sum(shape[0] for shape in shapes), *shapes[0][1:]) != tuple(target.shape):
+            raise UserError("the checkpoint belongs to another model: give the --model it was made with")
+        mine = local(target)
+        parts, part, _ = sharded_over() if mine is not target else (1, 0, True)
+        first, last = bounds(len(target), parts, part)
+        for i, x in slices.items():
+            start, stop = bounds(len(target), len(self.files), i)
+            low, high = max(first, start), min(last, stop)
+            if low < high:
+                with reading(self.paths[i]):
+                    mine[low - first : high - first] = x[low - start : high - start]
 
 
 @torch.no_grad()
-def load_weights(policy: Policy, tensors: Mapping[str, Tensor]) -> None:
-    """Copy saved parameters into the policy. Raises `UserError` where names or shapes do not fit."""
-    own = weights(policy)
-    if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in tensors.items()}:
+def read_part(folder: Path, part: str, named: Mapping[str, Tensor]) -> None:
+    """Fill weights from one part of a checkpoint. Raises `UserError` where names or shapes do not fit."""
+    shards = Shards(folder, part)
+    if shards.names != set(named):
         raise UserError("the checkpoint belongs to another model: give the --model it was made with")
-    for name, parameter in own.items():
-        parameter.copy_(tensors[name])
+    for name, target in named.items():
+        shards.copy_to(name, target)
+
+
+def weights(policy: Policy) -> dict[str, Tensor]:
+    """The policy's parameters by name; tied ones once. Of a sharded policy, this rank's rows of them."""
+    if isinstance(policy, ShardedPolicy):
+        policy.reshard()  # type: ignore[operator]  # a forward leaves the root whole
+    return dict(policy.named_parameters())
 
 
 def moments(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's state by parameter name, empty before its first step."""
     return {
         f"{name}/{key}": value
-        for name, parameter in policy.named_parameters()
+        for name, parameter in weights(policy).items()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
 
 
-def load_moments(policy: Policy, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put saved moments back."""
-    parameters = weights(policy)
-    for name, value in tensors.items():
-        parameter, key = name.rsplit("/", 1)
-        home = parameters[parameter].device if value.dim() else value.device
-        optimizer.state[parameters[parameter]][key] = value.to(home)
+@torch.no_grad()
+def load_moments(policy: Policy, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    """Put saved moments back. Raises `UserError` where they cannot be read or belong to another model."""
+    shards, parameters = Shards(folder, "moments"), weights(policy)
+    for full_name in sorted(shards.names):
+        name, key = full_name.rsplit("/", 1)
+        if name not in parameters:
+            raise UserError("the checkpoint belongs to another model: give the --model it was made with")
+        value = torch.zeros(()) if key == "step" else torch.zeros_like(parameters[name])
+        shards.copy_to(full_name, value)
+        optimizer.state[parameters[name]][key] = value
 
 
 @dataclass(frozen=True)
@@ -389,13 +479,14 @@ def stage_steps(
     for step in range(run.position.step, total):
         yield step, learner
         run.position = replace(run.position, step=step + 1)
-        if run.stop_asked or (step + 1) % save_every == 0:
+        stop = any_rank(run.stop_asked)
+        if stop or (step + 1) % save_every == 0:
             save_checkpoint(run, saved_tensors(policy, learner))
-        if run.stop_asked:
+        if stop:
             raise Stopped
     run.position = replace(run.position, stage=stage + 1, step=0)
     save_checkpoint(run, {"weights": weights(policy)})
-    if run.stop_asked:
+    if any_rank(run.stop_asked):
         raise Stopped
 
 
@@ -406,7 +497,7 @@ def saved_tensors(policy: Policy, learner: Learner) -> dict[str, Mapping[str, Te
 
 
 def restore(checkpoint: Path, policy: Policy, learner: Learner) -> None:
-    """The stage's optimizer and reference as they were saved (`load_weights` has the policy itself)."""
-    load_moments(policy, learner.optimizer, load_tensors(checkpoint / "moments.safetensors"))
+    """The stage's optimizer and reference as they were saved (the policy itself was read when the run was opened)."""
+    load_moments(policy, learner.optimizer, checkpoint)
     if learner.reference is not None:
-        load_weights(learner.reference, load_tensors(checkpoint / "reference.safetensors"))
+        read_part(checkpoint, "reference", weights(learner.reference))

@@ -12,15 +12,14 @@ Read `self_emo` first: it is Algorithm 1. Equations are in grpo.py, prompts and 
 Shapes: P prompts, B answers prompt-major, T answer tokens (right-padded).
 """
 
+import itertools
 import json
 import math
 import os
-import shlex
 import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,20 +37,34 @@ from config import MAY_DIFFER, PRESETS, Config, parse
 from data import Output, Sample, UserError
 from grpo import advantages, clamped_share, consistency, core_emotions, low_var_kl, policy_loss, reward, token_weights
 from model import Group, Policy, quiet_transformers
+from ranks import (
+    PeerLost,
+    announce,
+    clip_gradients,
+    complain,
+    exchange,
+    gathered,
+    open_policy,
+    processes,
+    rank,
+    relaunch,
+    reopen,
+    turns,
+    wait,
+)
 from runs import (
     Learner,
     Run,
     ScoredGroup,
     Stopped,
     group_record,
-    load_tensors,
-    load_weights,
     open_run,
     read_lines,
-    save_weights,
+    read_part,
+    save_parts,
     stage_steps,
     weights,
-    write_atomically,
+    written_once,
 )
 from world import (
     COLD_START,
@@ -145,9 +158,7 @@ def update(
     cfg, started = world.cfg, time.monotonic()
     groups = [s.group for s in scored]
     assert learner.reference is not None
-    old = logprobs(policy, groups, cfg)
-    with borrowed(learner.reference, policy.device, cfg.ref_offload):
-        ref = logprobs(learner.reference, groups, cfg)
+    old, ref = logprobs(policy, groups, cfg), logprobs(learner.reference, groups, cfg)
     cold = cold_start_logprobs(run, policy, groups, cfg) if k > 1 and t % cfg.eval_every == 0 else ref if k == 1 else None
     version = run.position.updates
     parts = []
@@ -174,8 +185,8 @@ def update(
 
 def cold_start_logprobs(run: Run, policy: Policy, groups: Sequence[Group], cfg: Config) -> list[Tensor]:
     """Log-probs under the weights that the cold start left (the reference of iteration 1)."""
-    cold = policy.frozen_copy()
-    load_weights(cold, load_tensors(run.out / COLD_START_WEIGHTS))
+    cold = policy.frozen_copy(offload=cfg.ref_offload)
+    read_part(run.out / COLD_START_WEIGHTS, "weights", weights(cold))
     return logprobs(cold, groups, cfg)
 
 
@@ -188,16 +199,17 @@ def mini_batch(
     truncated_B = torch.tensor([not answer.finished for s in scored for answer in s.answers], device=policy.device)
     adv_B = torch.tensor([a for s in scored for a in s.advantages], dtype=torch.float64, device=policy.device)
     learner.optimizer.zero_grad(set_to_none=True)
-    sums: list[dict[str, float]] = []
-    row = 0
-    for part in micro_batches([s.group for s in scored], cfg.micro_batch):
-        rows = slice(row, row := row + sum(len(group.answers) for group in part))
-        logp_BT, entropy_BT = policy(part, temperature=cfg.temperature)
+    parts = list(micro_batches([s.group for s in scored], cfg.micro_batch))
+    ends = list(itertools.accumulate(answers_of(part) for part in parts))
+    sums: dict[int, dict[str, float]] = {}
+    for i, scale in turns([tokens_of(part) for part in parts]):
+        rows = slice(ends[i] - answers_of(parts[i]), ends[i])
+        logp_BT, entropy_BT = policy(parts[i], temperature=cfg.temperature)
         old_BT, ref_BT = (pad_sequence(x[rows], batch_first=True) for x in (scores.old, scores.ref))
         w_BT = weight_BT[rows, : logp_BT.shape[1]].to(logp_BT.dtype)
         loss, found = policy_loss(logp_BT, old_BT, adv_B[rows], w_BT, clip_eps=cfg.clip_eps, ratio=cfg.ratio)
         kl = (w_BT * low_var_kl(logp_BT, ref_BT)).sum()
-        (loss + cfg.kl_coef * kl).backward()  # type: ignore[no-untyped-call]  # D1
+        (scale * (loss + cfg.kl_coef * kl)).backward()  # D1
         measured = {
             "loss/policy": loss,
             "loss/kl": kl,
@@ -206,13 +218,13 @@ def mini_batch(
             "policy/entropy": (w_BT * entropy_BT).sum(),
             **found,
         }
-        sums.append({name: value.item() for name, value in measured.items()})
-    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), MAX_GRAD_NORM).item()
-    return {**metrics.added(sums), "grad_norm": norm}
+        if scale:
+            sums[i] = {name: value.item() for name, value in measured.items()}
+    return {**metrics.added(gathered(sums)), "grad_norm": clip_gradients(policy, MAX_GRAD_NORM)}
 
 
 MAX_GRAD_NORM = 1.0
-COLD_START_WEIGHTS = "cold_start.safetensors"
+COLD_START_WEIGHTS = "cold_start"
 ADAMW: Mapping[str, Any] = {"betas": (0.9, 0.999), "weight_decay": 0.01}
 
 
@@ -232,15 +244,30 @@ def micro_batches(groups: Sequence[Group], size: int) -> Iterator[list[Group]]:
         yield part
 
 
+def answers_of(part: Sequence[Group]) -> int:
+    """Answers in a micro-batch."""
+    return sum(len(group.answers) for group in part)
+
+
+def tokens_of(part: Sequence[Group]) -> int:
+    """Tokens that a micro-batch computes."""
+    return sum(len(ids) for group in part for ids in (group.prompt_ids, *group.answers))
+
+
 @torch.no_grad()
 def logprobs(policy: Policy, groups: Sequence[Group], cfg: Config) -> list[Tensor]:
     """Log-probs of every answer under the policy as it stands, one tensor [tokens] an answer."""
-    found = []
-    for part in micro_batches(groups, cfg.micro_batch):
-        logp_BT, _ = policy(part, temperature=cfg.temperature)
-        answers = [answer for group in part for answer in group.answers]
-        found += [row[: len(answer)] for row, answer in zip(logp_BT, answers, strict=True)]
-    return found
+    parts = list(micro_batches(groups, cfg.micro_batch))
+    found: dict[int, list[list[float]]] = {}
+    dtype = torch.float32
+    for i, scale in turns([tokens_of(part) for part in parts]):
+        logp_BT, _ = policy(parts[i], temperature=cfg.temperature)
+        dtype = logp_BT.dtype
+        if scale:
+            answers = [answer for group in parts[i] for answer in group.answers]
+            found[i] = [row[: len(answer)] for row, answer in zip(logp_BT.tolist(), answers, strict=True)]
+    rows = [row for part in gathered(found) for row in part]
+    return [torch.tensor(row, dtype=dtype, device=policy.device) for row in rows]
 
 
 def check_finite(values: Mapping[str, float], t: int, ids: Sequence[str]) -> None:
@@ -248,15 +275,6 @@ def check_finite(values: Mapping[str, float], t: int, ids: Sequence[str]) -> Non
     bad = [name for name, value in values.items() if not math.isfinite(value)]
     if bad:
         raise NotFinite(f"{', '.join(bad)} is not finite at RL step {t}; prompts of the mini-batch: {', '.join(ids)}")
-
-
-@contextmanager
-def borrowed(reference: Policy, device: torch.device, offload: bool) -> Iterator[None]:
-    """The reference beside the policy for the length of a block; in main memory outside of it if offloaded."""
-    reference.to(device)
-    yield
-    if offload:
-        reference.to("cpu")
 
 
 # Lines 12-15
@@ -305,11 +323,14 @@ def cold_start(run: Run, world: World, policy: Policy) -> None:
 def cold_examples(run: Run, world: World, policy: Policy) -> list[Example]:
     """What the cold start learns, kept in cold_start.jsonl: one answer an original sample, where there is a valid one."""
     path = run.out / "cold_start.jsonl"
-    if not path.exists():
+
+    def make() -> str:
         makers = {"self": own_answers, "dataset": templates}
         examples = makers[world.cfg.cold_start](world, policy) if world.cfg.cold_start in makers else []
         run.say(f"cold start ({world.cfg.cold_start}): {len(examples)} answers to {len(world.originals)} prompts")
-        write_atomically(path, "".join(json.dumps(asdict(x)) + "\n" for x in examples))
+        return "".join(json.dumps(asdict(x)) + "\n" for x in examples)
+
+    written_once(path, make)
     return [Example(x["sample_id"], tuple(x["prompt_ids"]), tuple(x["ids"])) for x in read_lines(path)]
 
 
@@ -360,7 +381,7 @@ def sft(run: Run, world: World, policy: Policy, stage: int, examples: Sequence[E
 
     def make() -> Learner:
         if stage > 0 and cfg.retrain_from == "base" and cfg.self_play and run.position.step == 0:
-            load_weights(policy, weights(Policy.load(cfg.model, device=policy.device)))
+            reopen(policy, cfg.model)
         return Learner(adamw(policy, lr), None)
 
     for step, learner in stage_steps(run, policy, stage, math.ceil(len(order) / cfg.sft_batch), make, cfg.save_every):
@@ -377,14 +398,16 @@ def sft_step(policy: Policy, learner: Learner, batch: Sequence[Example], cfg: Co
     lengths = [len(x.ids) for x in batch]
     weight_BT = token_weights(lengths, "token", max(lengths)).to(policy.device)
     learner.optimizer.zero_grad(set_to_none=True)
-    total, row = 0.0, 0
-    for part in micro_batches([Group(x.prompt_ids, [x.ids]) for x in batch], cfg.micro_batch):
-        logp_BT, _ = policy(part)
-        loss = -(weight_BT[row : row + len(part), : logp_BT.shape[1]].to(logp_BT.dtype) * logp_BT).sum()
-        loss.backward()
-        total, row = total + loss.item(), row + len(part)
-    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), MAX_GRAD_NORM).item()
-    return {"loss/sft": total, "grad_norm": norm}
+    parts = list(micro_batches([Group(x.prompt_ids, [x.ids]) for x in batch], cfg.micro_batch))
+    losses: dict[int, float] = {}
+    for i, scale in turns([tokens_of(part) for part in parts]):
+        logp_BT, _ = policy(parts[i])
+        first = i * cfg.micro_batch
+        loss = -(weight_BT[first : first + len(parts[i]), : logp_BT.shape[1]].to(logp_BT.dtype) * logp_BT).sum()
+        (scale * loss).backward()  # type: ignore[no-untyped-call]
+        if scale:
+            losses[i] = loss.item()
+    return {"loss/sft": math.fsum(gathered(losses)), "grad_norm": clip_gradients(policy, MAX_GRAD_NORM)}
 
 
 def adamw(policy: Policy, lr: float) -> torch.optim.AdamW:
@@ -398,9 +421,8 @@ def rl_stage(run: Run, world: World, policy: Policy, k: int) -> Iterator[tuple[i
 
     def make() -> Learner:
         if k == 1 and run.position.step == 0:
-            save_weights(run.out / COLD_START_WEIGHTS, policy)
-        reference = policy.frozen_copy()  # D6
-        return Learner(adamw(policy, cfg.lr), reference.to("cpu") if cfg.ref_offload else reference)
+            save_parts(run.out / COLD_START_WEIGHTS, {"weights": weights(policy)})
+        return Learner(adamw(policy, cfg.lr), policy.frozen_copy(offload=cfg.ref_offload))  # D6
 
     for step, learner in stage_steps(run, policy, 2 * k - 1, world.S, make, cfg.save_every):
         t = (k - 1) * world.S + step
@@ -425,13 +447,17 @@ def finish(run: Run, world: World, policy: Policy) -> Policy:
 
 def export(folder: Path, world: World, policy: Policy) -> None:
     """The policy as a Hugging Face folder, checked by opening it again. Raises RuntimeError if it says other things."""
+    whole = policy.sampler()
+    if rank() > 0:
+        return
     aside = folder.with_name(".model.tmp")
     shutil.rmtree(aside, ignore_errors=True)
-    policy.export(aside, world.tokenizer)
+    whole.export(aside, world.tokenizer)
     prompt, _ = world.encode(world.originals[0])
     group = [Group(prompt, [sorted(world.eos)])]
     with torch.no_grad():
-        same = torch.allclose(policy(group)[0], Policy.load(aside, device=policy.device)(group)[0], atol=1e-4)
+        again = Policy.load(aside, whole.lm.dtype, whole.device)
+        same = torch.allclose(whole(group)[0], again(group)[0], atol=1e-4)
     if not same:  # a tolerance: kernels may differ in the last bits, and a finished run must not fail for them
         raise RuntimeError(f"{aside} does not reload with equal log-probs")
     shutil.rmtree(folder, ignore_errors=True)
@@ -473,25 +499,33 @@ def task_entropies(
 ) -> dict[str, float]:
     """Mean token entropies of recognition, self-emotion and response over the valid answers (Fig. 6b)."""
     pairs = [(world.encode(s), a) for s, a in zip(samples, answers, strict=True) if isinstance(a.parse, Output)]
-    found = []
-    for first in range(0, len(pairs), world.cfg.micro_batch):
-        part = pairs[first : first + world.cfg.micro_batch]
-        _, entropy_BT = policy([Group(prompt, [a.ids]) for (prompt, _), a in part])
-        for (encoded, a), entropy_T in zip(part, entropy_BT.tolist(), strict=True):
-            assert isinstance(a.parse, Output)
-            found.append(evaluate.task_entropies(entropy_T, a.ids, world.tokenizer, encoded[1], a.parse.spans))
-    return metrics.means(found, prefix)
+    size = world.cfg.micro_batch
+    parts = [pairs[first : first + size] for first in range(0, len(pairs), size)]
+    groups = [[Group(prompt, [a.ids]) for (prompt, _), a in part] for part in parts]
+    found: dict[int, list[dict[str, float]]] = {}
+    for i, scale in turns([tokens_of(part) for part in groups]) if parts else ():
+        _, entropy_BT = policy(groups[i])
+        if scale:
+            found[i] = [
+                evaluate.task_entropies(entropy_T, a.ids, world.tokenizer, encoded[1], a.parse.spans)
+                for (encoded, a), entropy_T in zip(parts[i], entropy_BT.tolist(), strict=True)
+                if isinstance(a.parse, Output)
+            ]
+    return metrics.means([row for part in gathered(found) for row in part], prefix)
 
 
 def self_emo_test(run: Run, world: World, policy: Policy) -> list[Sample]:
     """The SELF-EMO test split: one valid answer to each dev sample made a new sample, once, after the cold start (D23)."""
     path = run.out / "selfemo_test.jsonl"
-    if not path.exists():
+
+    def make() -> str:
         groups = answer(world, policy, world.dev, n=1, temperature=world.cfg.temperature, step=SELF_EMO_TEST)
         parsed = [(s, g[0].parse) for s, g in zip(world.dev, groups, strict=True)]
         made = [data.new_sample(s, parse, 0) for s, parse in parsed if isinstance(parse, Output)]
         children = [child for child in made if isinstance(child, Sample) and world.fits(child)]
-        write_atomically(path, "".join(json.dumps(data.sample_record(c), ensure_ascii=False) + "\n" for c in children))
+        return "".join(json.dumps(data.sample_record(c), ensure_ascii=False) + "\n" for c in children)
+
+    written_once(path, make)
     return [data.sample_from_record(line) for line in read_lines(path)]
 
 
@@ -516,16 +550,18 @@ SHOWN: Mapping[str, str] = {
 
 def train(cfg: Config) -> None:
     """One run from start to end, or from its newest checkpoint to the end."""
-    if cfg.preset == "toy" and not Path(cfg.model).exists() and cfg.model == PRESETS["toy"].model:
-        print("building the toy world in data/toy (once)", flush=True)
-        toy.build()
+    if cfg.model == PRESETS["toy"].model and exchange(not Path(cfg.model).exists())[0]:
+        announce("building the toy world in data/toy (once)")
+        if rank() == 0:
+            toy.build()
+        wait()
     quiet_transformers()
     world = open_world(cfg)
     settings = {**asdict(cfg), "S": world.S, "T": cfg.iterations * world.S, "versions": versions()}
-    policy = Policy.load(cfg.model, device="cuda" if torch.cuda.is_available() else "cpu")
+    policy = open_policy(cfg.model, activation_checkpointing=cfg.activation_checkpointing)
     run = open_run(Path(cfg.out), json.loads(json.dumps(settings)), resume=cfg.resume, may_differ=MAY_DIFFER)
     if run.loaded is not None:
-        load_weights(policy, load_tensors(run.loaded / "weights.safetensors"))
+        read_part(run.loaded, "weights", weights(policy))
         run.say(f"going on from {run.loaded}")
     with run.signals():
         try:
@@ -544,23 +580,28 @@ def versions() -> dict[str, str]:
 
 def main(argv: Sequence[str]) -> int:
     """Run the command line. 0: done, or saved after a signal; 2: a mistake of the user's; 3: a number was not finite."""
-    again = shlex.join(["python", "selfemo.py", *(a for a in argv if a != "--resume"), "--resume"])
+    again = relaunch(argv)
     try:
-        train(parse(argv))
+        cfg = parse(argv)
+        with processes():
+            train(cfg)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(f"error: {error}")
         return 2
     except Stopped:
-        print(f"saved; go on with: {again}")
+        announce(f"saved; go on with: {again}")
     except KeyboardInterrupt:
-        print(f"stopped at once; go on from the last checkpoint with: {again}", file=sys.stderr)
+        complain(f"stopped at once; go on from the last checkpoint with: {again}")
         return 130
     except NotFinite as error:
-        print(f"error: {error}; nothing was trained on it; lower --lr and go on with: {again}", file=sys.stderr)
+        complain(f"error: {error}; nothing was trained on it; lower --lr and go on with: {again}")
         return 3
+    except PeerLost as error:
+        complain(f"error: {error}; go on from the last checkpoint with: {again}", lost=True)
+        return 1
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
-        print(f"error: {error.strerror or error}{where}; the last checkpoint is whole: {again}", file=sys.stderr)
+        complain(f"error: {error.strerror or error}{where}; the last checkpoint is whole: {again}")
         return 2
     return 0
 

@@ -17,7 +17,8 @@ from config import Config, pairs
 from data import Failure, Output, Sample, UserError
 from grpo import lam
 from model import Policy, eos_ids, load_tokenizer
-from rollout import generate
+from ranks import announce, exchange, gathered, rank, ranks_here, share
+from rollout import Completion, generate
 
 EVALUATION, SELF_EMO_TEST, COLD_START = -1, -2, -3  # stand for a step in the keys of random streams outside of training
 Item = TypeVar("Item")
@@ -115,24 +116,30 @@ def answer(
 
     Raises `NotFinite` where the model's logits are not numbers.
     """
-    cfg = world.cfg
     encoded = [world.encode(sample) for sample in samples]
+    keys = [(world.cfg.seed, step, key) for key in distinct([sample.id for sample in samples])]
+    mine = share([len(ids) for ids, _ in encoded])
     try:
-        groups = generate(
-            policy,
-            [ids for ids, _ in encoded],
+        found = generate(
+            policy.sampler(),
+            [encoded[i][0] for i in mine],
             n=n,
-            max_new_tokens=cfg.max_new_tokens,
+            max_new_tokens=world.cfg.max_new_tokens,
             temperature=temperature,
             eos_ids=world.eos,
-            keys=[(cfg.seed, step, key) for key in distinct([sample.id for sample in samples])],
-            kv_budget=cfg.kv_budget or device_memory(policy.device) // 2,
-            progress=sys.stderr.isatty(),
+            keys=[keys[i] for i in mine],
+            kv_budget=world.cfg.kv_budget or device_memory(policy.device) // 2,
+            progress=sys.stderr.isatty() and rank() == 0,
         )
+        trouble = ""
     except FloatingPointError as error:
+        found, trouble = [], str(error)
+    if trouble := next(filter(None, exchange(trouble)), ""):
         ids, when = [s.id for s in samples], f"RL step {step}" if step >= 0 else "an evaluation"
         shown = ", ".join(ids[:64]) + f" and {len(ids) - 64} more" * (len(ids) > 64)
-        raise NotFinite(f"{error} at {when}; prompts: {shown}") from error
+        raise NotFinite(f"{trouble} at {when}; prompts: {shown}")
+    own: dict[int, list[Any]] = {i: [[c.ids, c.logprobs, c.finished] for c in g] for i, g in zip(mine, found, strict=True)}
+    groups = [[Completion(tuple(ids), tuple(logp), done) for ids, logp, done in group] for group in gathered(own)]
     answers = []
     for sample, (_, prefix), group in zip(samples, encoded, groups, strict=True):
         texts = [data.answer_text(world.tokenizer, c.ids, world.eos, prefix) for c in group]
@@ -163,9 +170,9 @@ def open_world(cfg: Config) -> World:
         raise UserError(f"no training prompt has at most {cfg.max_prompt_tokens} tokens: raise --max_prompt_tokens")
     for split, samples in splits.items():
         dropped = len(samples) - len(fitting[split])
-        print(f"{split}: {len(fitting[split])} samples" + f", {dropped} over --max_prompt_tokens dropped" * (dropped > 0))
+        announce(f"{split}: {len(fitting[split])} samples" + f", {dropped} over --max_prompt_tokens dropped" * (dropped > 0))
     if all(len(sample.gold) == 1 for sample in fitting["train"]):
-        print("gold is one label a sample: answers that all name it alone leave Eq. 12 nothing to compare (D14)")
+        announce("gold is one label a sample: answers that all name it alone leave Eq. 12 nothing to compare (D14)")
     return replace(world, originals=fitting["train"], dev=fitting["dev"], test=fitting["test"])
 
 
@@ -218,10 +225,10 @@ def first_shuffled(items: Sequence[Item], most: int, key: str) -> list[Item]:
 
 
 def device_memory(device: torch.device) -> int:
-    """Bytes of memory of a GPU, or of the machine."""
+    """Bytes of memory of a GPU, or of the machine for each of the processes on it."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[1])
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // ranks_here()
 
 
 def group_by_dataset(samples: Sequence[Sample]) -> dict[str, Sequence[Sample]]:

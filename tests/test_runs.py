@@ -17,7 +17,7 @@ import signal
 import pytest
 import torch
 from conftest import call, lines, results
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tiny import tiny
 from torch import nn
 
@@ -34,14 +34,14 @@ from runs import (
     group_record,
     jsonl,
     load_moments,
-    load_tensors,
-    load_weights,
     moments,
     newest_checkpoint,
     open_run,
     read_json,
     read_lines,
+    read_part,
     save_checkpoint,
+    save_parts,
     stage_steps,
     weights,
     write_atomically,
@@ -241,7 +241,7 @@ class Line(nn.Module):
 
     def copy(self):
         other = Line()
-        load_weights(other, weights(self))
+        other.load_state_dict(self.state_dict())
         return other
 
 
@@ -272,7 +272,7 @@ def test_a_checkpoint_brings_back_weights_moments_reference_and_place(tmp_path):
     again = fresh(tmp_path / "c", resume=True)
     assert again.position == Position(0, 2, 2)
     second = Line()
-    load_weights(second, load_tensors(again.loaded / "weights.safetensors"))
+    read_part(again.loaded, "weights", weights(second))
     done = []
     for step, teacher in stage_steps(again, second, 0, 4, make(second), 100):
         learn(second, teacher)
@@ -336,7 +336,7 @@ def test_a_checkpoint_that_fails_leaves_the_older_one(tmp_path, monkeypatch):
             with pytest.raises(OSError, match="space"):
                 save_checkpoint(run, {"weights": {"w": torch.ones(1)}})
         assert newest_checkpoint(tmp_path) == first
-        assert load_tensors(first / "weights.safetensors")["w"].tolist() == [0]
+        assert load_file(first / "weights.safetensors")["w"].tolist() == [0]
 
 
 def test_moments_round_trip(tmp_path):
@@ -345,18 +345,19 @@ def test_moments_round_trip(tmp_path):
     assert moments(policy, optimizer) == {}
     sum(p.square().sum() for p in policy.parameters()).backward()
     optimizer.step()
-    save_file({k: v.contiguous() for k, v in moments(policy, optimizer).items()}, tmp_path / "m.safetensors")
+    save_parts(tmp_path / "saved", {"moments": moments(policy, optimizer)})
     other = torch.optim.AdamW(policy.parameters(), lr=0.1)
-    load_moments(policy, other, load_tensors(tmp_path / "m.safetensors"))
+    load_moments(policy, other, tmp_path / "saved")
     for p in policy.parameters():
         assert {k: v.tolist() for k, v in other.state[p].items()} == {k: v.tolist() for k, v in optimizer.state[p].items()}
         assert set(other.state[p]) == {"step", "exp_avg", "exp_avg_sq"}
 
 
-def test_weights_of_another_model_are_refused():
-    policy = Policy(tiny())
+@pytest.mark.parametrize("other", [{"num_hidden_layers": 1}, {"intermediate_size": 60}, {"tied": False}])
+def test_weights_of_another_model_are_refused(tmp_path, other):
+    save_parts(tmp_path / "saved", {"weights": weights(Policy(tiny(**other)))})
     with pytest.raises(UserError, match="another model"):
-        load_weights(policy, weights(Policy(tiny(num_hidden_layers=1))))
+        read_part(tmp_path / "saved", "weights", weights(Policy(tiny())))
 
 
 # Whole runs: stopped, killed, damaged

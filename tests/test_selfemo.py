@@ -17,7 +17,7 @@ from conftest import LABELS as EMOTIONS
 from conftest import PROMPTS, call, lines, results
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny import answer_logprobs, gradients, tiny
 from torch.testing import assert_close
 
@@ -27,7 +27,7 @@ import selfemo
 from config import Config
 from data import DEFAULT, Failure, Output, Responder, Sample, Selection, Turn, UserError
 from model import Group, Policy
-from runs import Learner, Position, ScoredGroup, load_tensors, weights
+from runs import Learner, Position, ScoredGroup, weights
 from selfemo import Example, Scores, micro_batches, mini_batch
 from world import Answer, Buffer, Kept, World, open_world
 
@@ -516,7 +516,7 @@ def test_the_reference_is_the_policy_at_the_start_of_the_rl_stage_and_stays(monk
     monkeypatch.setattr(selfemo, "evaluate_dev", lambda *_: None)
     monkeypatch.setattr(selfemo, "stage_steps", lambda run, policy, stage, total, make, save_every: iter([(0, make())]))
     policy = Policy(tiny())
-    cold = tmp_path / "cold_start.safetensors"
+    cold = tmp_path / "cold_start/weights.safetensors"
     ((_, first),) = selfemo.rl_stage(desk(tmp_path, stage=1), world(5), policy, 1)
     before = cold.read_bytes()
     with torch.no_grad():
@@ -753,7 +753,7 @@ def test_the_returned_model_is_the_one_after_sft(finished):
 
     lm = AutoModelForCausalLM.from_pretrained(finished / "model")
     (last,) = (finished / "checkpoints").iterdir()
-    assert_close(weights(Policy(lm)), load_tensors(last / "weights.safetensors"), rtol=0, atol=0)
+    assert_close(weights(Policy(lm)), load_file(last / "weights.safetensors"), rtol=0, atol=0)
     assert AutoModelForCausalLM.from_pretrained(finished / "model").config.model_type == "qwen3"
 
 
@@ -810,7 +810,7 @@ def test_d27_from_base_without_self_play_keeps_what_rl_has_learnt(place, tmp_pat
     out = tmp_path / "run"
     more = ("--retrain_from", "base", "--self_play", "false", "--iterations", 1, "--steps", 1)
     assert place.run(out, *more)[0] == 0
-    before, after = (load_tensors(folder / "model.safetensors") for folder in (place.root / "base", out / "model"))
+    before, after = (load_file(folder / "model.safetensors") for folder in (place.root / "base", out / "model"))
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
@@ -881,7 +881,7 @@ def test_a_model_of_nans_is_one_line(place, tmp_path):
     """Already the first evaluation finds it."""
     shutil.copytree(place.root / "base", tmp_path / "base")
     path = tmp_path / "base/model.safetensors"
-    save_file({k: torch.full_like(v, math.nan) for k, v in load_tensors(path).items()}, path, metadata={"format": "pt"})
+    save_file({k: torch.full_like(v, math.nan) for k, v in load_file(path).items()}, path, metadata={"format": "pt"})
     status, _, complained = place.run(tmp_path / "run", "--model", tmp_path / "base")
     assert status == 3
     assert complained.startswith("error: ") and complained.count("\n") == 1

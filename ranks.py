@@ -116,8 +116,8 @@ def complain(line: str, *, lost: bool = False) -> None:
 
 
 def relaunch(argv: Sequence[str]) -> str:
-    """The command line that goes on with this run."""
-    program = ["python"] if "RANK" not in os.environ else ["torchrun", "--nproc_per_node", str(ranks_here())]
+    """The command line that goes on with this run. `--`: torchrun would take --n for the beginning of a flag of its own."""
+    program = ["python"] if "RANK" not in os.environ else ["torchrun", "--nproc_per_node", str(ranks_here()), "--"]
     return shlex.join([*program, "selfemo.py", *(a for a in argv if a != "--resume"), "--resume"])
 
 
@@ -207,7 +207,6 @@ class ShardedPolicy(Policy):
         """All weights, gathered anew from the shards: never those of an earlier update. Every rank must call this."""
         if not self.whole:
             self.whole = (empty(self.lm.config, self.settings["compute"], self.device, like=self),)
-        self.reshard()  # type: ignore[operator]  # a forward leaves the root whole
         for own, part in zip(self.whole[0].parameters(), self.parameters(), strict=True):
             own.copy_(full(part.detach().to(own.dtype)))
         return self.whole[0]
@@ -239,9 +238,9 @@ def sharded(
     precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=storage)
     kept = CPUOffloadPolicy(pin_memory=where.type == "cuda") if offload else OffloadPolicy()
     grid = mesh(where)
-    for block in blocks(policy):
-        fully_shard(block, mesh=grid, mp_policy=precision, offload_policy=kept)
-    fully_shard(policy, mesh=grid, mp_policy=precision, offload_policy=kept)
+    # The root gives its weights back after a forward too: an optimizer made after an evaluation would hold the whole ones.
+    for module in [*blocks(policy), policy]:
+        fully_shard(module, mesh=grid, mp_policy=precision, offload_policy=kept, reshard_after_forward=True)
     policy.to_empty(device="cpu" if offload else where)
     policy.settings = {"storage": storage, "compute": compute, "where": where}
     return policy
@@ -269,6 +268,7 @@ def on_meta(config: PretrainedConfig, dtype: torch.dtype) -> Any:
 def empty(config: PretrainedConfig, dtype: torch.dtype, where: torch.device, *, like: Policy) -> Policy:
     """A whole policy with uninitialised weights and the buffers of another one."""
     policy = Policy(on_meta(config, dtype)).to_empty(device=where).requires_grad_(False)
+    policy.lm.tie_weights()  # to_empty gives the head and the embeddings memory of their own
     copy_buffers(like, policy)
     return policy
 
@@ -330,8 +330,6 @@ def reopen(policy: Policy, path: str | Path) -> None:
 @torch.no_grad()
 def fill(policy: Policy, source: Policy | None) -> None:
     """Copy a whole policy, open on rank 0 alone, into the shards of all: one weight at a time, in the type it has there."""
-    if isinstance(policy, ShardedPolicy):
-        policy.reshard()  # type: ignore[operator]
     given = dict([*source.named_parameters(), *source.named_buffers()]) if source else {}
     types = exchange({name: str(x.dtype).removeprefix("torch.") for name, x in given.items()})[0]
     for name, target in [*policy.named_parameters(), *policy.named_buffers()]:

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from data import Failure, Output, Sample, Selection, UserError
 from model import Group, Policy
-from ranks import ShardedPolicy, any_rank, bounds, exchange, local, rank, sharded_over, wait
+from ranks import any_rank, bounds, exchange, local, rank, sharded_over, wait
 from world import Answer
 
 Record = dict[str, Any]
@@ -426,9 +426,7 @@ def read_part(folder: Path, part: str, named: Mapping[str, Tensor]) -> None:
 
 
 def weights(policy: Policy) -> dict[str, Tensor]:
-    """The policy's parameters by name; tied ones once. Of a sharded policy, this rank's rows of them."""
-    if isinstance(policy, ShardedPolicy):
-        policy.reshard()  # type: ignore[operator]  # a forward leaves the root whole
+    """The policy's parameters by name; tied ones once."""
     return dict(policy.named_parameters())
 
 

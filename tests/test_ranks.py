@@ -1,0 +1,380 @@
+"""Many processes on a CPU (gloo), the code path of NCCL: the same run whatever the number of ranks.
+
+Workers are forked from a server that has imported the program. A whole run of the tiny world is the unit: cold start, two RL
+steps, selection, retraining, evaluations, export. 5 prompts of 3 answers of unequal length divide by neither 2 nor 4.
+"""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from conftest import lines
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from tiny import exact_norms
+
+import ranks
+import runs
+import selfemo
+from model import Policy
+from ranks import bounds, deal
+
+ONE_ITERATION = ("--iterations", 1, "--steps", 2, "--eval_every", 1)
+ROOT = Path(__file__).parent.parent
+
+
+# Division of work
+
+
+def test_deal_by_hand():
+    """Costs 5 1 4 2 3 to two: 5 | 4 from the left, then 3 | 2 from the right, then 1: sums 5 + 2 + 1 and 4 + 3."""
+    assert deal([5, 1, 4, 2, 3], 2) == [[0, 3, 1], [2, 4]]
+
+
+def test_deal_to_one_keeps_the_order():
+    assert deal([1, 3, 2], 1) == [[0, 1, 2]]
+
+
+def test_deal_to_more_ranks_than_work():
+    assert deal([7, 9], 4) == [[1], [0], [], []]
+
+
+@given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 9))
+def test_every_card_is_dealt_once_and_hands_differ_by_one_at_most(costs, hands):
+    dealt = deal(costs, hands)
+    assert sorted(i for hand in dealt for i in hand) == list(range(len(costs)))
+    assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "parts", "expected"),
+    [
+        (10, 4, [(0, 3), (3, 6), (6, 9), (9, 10)]),  # 3 each, the last one what is left
+        (5, 4, [(0, 2), (2, 4), (4, 5), (5, 5)]),  # the last rank holds no row
+        (1, 2, [(0, 1), (1, 1)]),
+    ],
+)
+def test_bounds(rows, parts, expected):
+    assert [bounds(rows, parts, part) for part in range(parts)] == expected
+
+
+def test_one_process_is_alone():
+    assert (ranks.rank(), ranks.size()) == (0, 1)
+    assert ranks.exchange({"a": 0.1}) == [{"a": 0.1}]
+    assert ranks.gathered({2: "c", 0: "a"}) == ["a", "c"]
+    assert list(ranks.turns([3, 1, 2])) == [(0, 1.0), (1, 1.0), (2, 1.0)]
+
+
+# Workers
+
+
+def free_port():
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        return place.getsockname()[1]
+
+
+def start(size, target, *args, nodes=1):
+    """Processes with the environment that torchrun gives its workers."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["selfemo"])
+    port, here = free_port(), size // nodes
+    started = []
+    for rank in range(size):
+        env = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank % here, "LOCAL_WORLD_SIZE": here}
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        worker = context.Process(target=launched, args=({k: str(v) for k, v in env.items()}, target, args))
+        worker.start()
+        started.append(worker)
+    return started
+
+
+def launched(env, target, args):
+    os.environ.update(env)
+    torch.set_num_threads(1)
+    os._exit(target(*args))
+
+
+def finish(workers, timeout=240):
+    """Exit statuses; whoever is left after the time is killed."""
+    end = time.monotonic() + timeout
+    for worker in workers:
+        worker.join(max(0.1, end - time.monotonic()))
+        if worker.is_alive():
+            worker.kill()
+    return [worker.exitcode for worker in workers]
+
+
+def whole_run(argv, dtype, log):
+    """selfemo.main, in float64 if asked for, with what it says in a file."""
+    torch.set_num_threads(1)
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(Path(f"{log}.{ranks.launched_rank()}").open("w"))
+        stack.enter_context(contextlib.redirect_stdout(file))
+        stack.enter_context(contextlib.redirect_stderr(file))
+        stack.enter_context(mock.patch("torch.cuda.is_available", return_value=False))
+        if dtype == "float64":
+            stack.enter_context(mock.patch("selfemo.open_policy", in_float64))
+            build = ranks.on_meta
+            stack.enter_context(mock.patch("ranks.on_meta", lambda config, dtype: exact_norms(build(config, dtype))))
+        return selfemo.main(argv)
+
+
+def in_float64(path, *, activation_checkpointing=False):
+    """`ranks.open_policy` in float64, norms included: transformers' own are float32 inside, good for 1e-7 only."""
+    if not torch.distributed.is_initialized():
+        policy = Policy.load(path, torch.float64)
+        exact_norms(policy.lm)
+    else:
+        source = Policy.load(path, torch.float64) if ranks.rank() == 0 else None
+        config = ranks.AutoConfig.from_pretrained(str(path))
+        policy = ranks.sharded(config, storage=torch.float64, compute=torch.float64, where=torch.device("cpu"))
+        ranks.fill(policy, source)
+    if activation_checkpointing:
+        ranks.checkpoint_blocks(policy)
+    return policy
+
+
+def run_on(size, place, out, *more, dtype="float64", nodes=1, resume=False):
+    argv = [*place.argv(out, *more), *(["--resume"] if resume else [])]
+    if size == 0:  # no launcher, nothing sharded
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["selfemo"])
+        worker = context.Process(target=launched, args=({}, whole_run, (argv, dtype, f"{out}.log")))
+        worker.start()
+        return finish([worker])
+    return finish(start(size, whole_run, argv, dtype, f"{out}.log", nodes=nodes))
+
+
+def said(out, rank=0):
+    return Path(f"{out}.log.{rank}").read_text()
+
+
+def numbers(out):
+    """Every measurement of a run by line and name, but for clocks."""
+    found = {}
+    for i, line in enumerate(lines(out / "metrics.jsonl")):
+        for name, value in line.items():
+            if not name.startswith("time/") and name != "rollout/tokens_per_s" and isinstance(value, int | float):
+                found[i, name] = value
+    return found
+
+
+def ids(out):
+    """What was sampled: token ids of every answer of every group."""
+    paths = sorted((out / "rollouts").glob("*.jsonl"))
+    return [(r["step"], r["sample_id"], [a["ids"] for a in r["answers"]]) for p in paths for r in lines(p)]
+
+
+def apart(a, b):
+    """Largest difference between the models of two runs."""
+    one, two = (load_file(out / "model/model.safetensors") for out in (a, b))
+    assert one.keys() == two.keys()
+    return max((one[k] - two[k]).abs().max().item() for k in one)
+
+
+# Equality
+
+
+@pytest.fixture(scope="module")
+def alone(place):
+    """One process without a launcher, float64."""
+    out = place.root / "alone"
+    assert run_on(0, place, out, *ONE_ITERATION) == [0], said(out)
+    return out
+
+
+@pytest.mark.parametrize(("size", "nodes"), [(1, 1), (2, 1), (4, 1), (4, 2)])
+def test_any_number_of_ranks_is_the_same_run(place, alone, tmp_path, size, nodes):
+    """Same tokens; every logged number and the final weights to 1e-9. (4, 2): two nodes of two ranks, HSDP."""
+    out = tmp_path / "run"
+    assert run_on(size, place, out, *ONE_ITERATION, nodes=nodes) == [0] * size, said(out)
+    assert ids(out) == ids(alone)
+    assert lines(out / "buffer.jsonl") == lines(alone / "buffer.jsonl")
+    assert numbers(out) == pytest.approx(numbers(alone), rel=1e-9, abs=1e-9)
+    assert 0 <= apart(out, alone) < 1e-9
+
+
+@pytest.mark.parametrize(("size", "micro"), [(2, 1), (4, 3)])
+def test_sequence_ratio_and_mean_and_small_micro_batches(place, tmp_path, size, micro):
+    """`--ratio sequence --loss_mean sequence`, micro-batches of one answer against all answers at once (1 x 8 = 8 x 1)."""
+    more = (*ONE_ITERATION, "--ratio", "sequence", "--loss_mean", "sequence", "--cold_start", "none")
+    one, many = tmp_path / "one", tmp_path / "many"
+    assert run_on(0, place, one, *more, "--micro_batch", 64) == [0], said(one)
+    assert run_on(size, place, many, *more, "--micro_batch", micro) == [0] * size, said(many)
+    assert ids(many) == ids(one)
+    assert numbers(many) == pytest.approx(numbers(one), rel=1e-9, abs=1e-9)
+    assert apart(many, one) < 1e-9
+
+
+def test_float32_begins_equal_and_stays_near(place, tmp_path):
+    """First step: the same tokens and the same loss to 1e-5. After it, sums in another order: weights to 1e-3."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert run_on(0, place, one, *ONE_ITERATION, dtype="float32") == [0], said(one)
+    assert run_on(2, place, two, *ONE_ITERATION, dtype="float32") == [0, 0], said(two)
+    first = [[x for x in ids(out) if x[0] == 0] for out in (one, two)]
+    assert first[0] == first[1]
+    a, b = (next(m for m in lines(out / "metrics.jsonl") if m["phase"] == "rl") for out in (one, two))
+    assert b["loss/policy"] == pytest.approx(a["loss/policy"], abs=1e-5)
+    assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
+    assert apart(one, two) < 1e-3
+
+
+def test_activation_checkpointing_changes_nothing(place, alone, tmp_path):
+    out = tmp_path / "run"
+    assert run_on(2, place, out, *ONE_ITERATION, "--activation_checkpointing", "true") == [0, 0], said(out)
+    assert ids(out) == ids(alone)
+    assert apart(out, alone) < 1e-9
+
+
+def test_one_prompt_for_four_ranks_hangs_nobody(place, tmp_path):
+    out = tmp_path / "run"
+    more = ("--batch_prompts", 1, "--mini_batch_prompts", 1, "--micro_batch", 64, "--sft_batch", 1)
+    assert run_on(4, place, out, "--iterations", 1, "--steps", 1, *more, "--eval_limit", 1, "--test_limit", 1) == [0] * 4
+
+
+def two_sides(out):
+    """In a worker: the sampler's log-probs before and after an update, against the sharded policy's."""
+    with ranks.processes():
+        torch.manual_seed(0)
+        policy = in_float64(out)
+        group = [selfemo.Group([1, 2, 3], [[4, 5], [6]])]
+        seen = []
+        for _ in range(2):
+            whole = policy.sampler()
+            with torch.no_grad():
+                seen.append((whole(group)[0] - policy(group)[0]).abs().max().item())
+                seen.append(policy(group)[0].sum().item())
+            optimizer = torch.optim.AdamW(policy.parameters(), lr=0.1)
+            (-policy(group)[0].sum()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        reference = policy.frozen_copy(offload=True)
+        with torch.no_grad():
+            seen.append((reference(group)[0] - policy(group)[0]).abs().max().item())
+        seen.append(sum(p.requires_grad for p in reference.parameters()))
+        if ranks.rank() == 0:
+            (Path(out) / "seen.json").write_text(json.dumps(seen))
+    return 0
+
+
+def test_the_sampler_never_has_stale_weights_and_the_reference_is_a_copy(place, tmp_path):
+    shutil.copytree(place.root / "base", tmp_path / "base")
+    assert finish(start(2, two_sides, str(tmp_path / "base"))) == [0, 0]
+    seen = json.loads((tmp_path / "base/seen.json").read_text())
+    gap_before, total_before, gap_after, total_after, reference_gap, trainable = seen
+    assert gap_before < 1e-6 and gap_after < 1e-6 and reference_gap < 1e-12  # the sampler's norms are float32 inside
+    assert total_after > total_before + 0.1
+    assert trainable == 0
+
+
+# Stopped, killed, failed
+
+
+def stop_after(argv, dtype, log, updates):
+    """A run in which rank 1 gets SIGTERM when it has made its nth optimizer step: the others must stop with it."""
+    inner = runs.Run.count_update
+
+    def count(run):
+        inner(run)
+        if run.position.updates == updates and ranks.rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with mock.patch("runs.Run.count_update", count):
+        return whole_run(argv, dtype, log)
+
+
+@pytest.mark.parametrize("then", [1, 3, 0])
+def test_a_stopped_run_goes_on_with_another_number_of_ranks(place, alone, tmp_path, then):
+    """Stopped on two ranks in the second RL step (moments, reference and all), finished on one, three, or without any."""
+    out = tmp_path / "run"
+    cold = -(-len(lines(alone / "cold_start.jsonl")) // 6)
+    more = (*ONE_ITERATION, "--save_every", 1)
+    workers = start(2, stop_after, place.argv(out, *more), "float64", f"{out}.log", cold + 2)
+    assert finish(workers) == [0, 0], said(out)
+    assert "saved; go on with: torchrun --nproc_per_node 2 -- selfemo.py" in said(out)
+    (checkpoint,) = (out / "checkpoints").iterdir()
+    shards = {f"{part}-0000{i}-of-00002.safetensors" for part in ("moments", "reference", "weights") for i in (1, 2)}
+    assert {p.name for p in checkpoint.iterdir()} == {"state.json", *shards}
+    assert json.loads((checkpoint / "state.json").read_text())["position"] == {"stage": 1, "step": 1, "updates": cold + 2}
+    assert run_on(then, place, out, *more, resume=True) == [0] * max(then, 1), said(out)
+    assert ids(out) == ids(alone)
+    assert numbers(out) == pytest.approx(numbers(alone), rel=1e-9, abs=1e-9)
+    assert apart(out, alone) < 1e-9
+
+
+def test_a_missing_shard_is_one_line(place, tmp_path):
+    out = tmp_path / "run"
+    more = (*ONE_ITERATION, "--save_every", 1)
+    assert finish(start(2, stop_after, place.argv(out, *more), "float32", f"{out}.log", 3)) == [0, 0], said(out)
+    (checkpoint,) = (out / "checkpoints").iterdir()
+    (checkpoint / "weights-00002-of-00002.safetensors").unlink()
+    status, _, complained = place.run(out, *more, resume=True)
+    assert status == 2
+    assert complained.startswith("error: ") and complained.count("\n") == 1
+    assert "weights" in complained
+
+
+def test_every_rank_killed_and_the_run_goes_on(place, alone, tmp_path):
+    """kill -9 of both ranks at five moments; what is left always goes on, and ends where the others ended."""
+    out = tmp_path / "run"
+    more = (*ONE_ITERATION, "--save_every", 1)
+    for wait_s in (1.2, 1.8, 2.4, 3.0, 3.6):
+        workers = start(2, whole_run, [*place.argv(out, *more), "--resume"], "float64", f"{out}.log")
+        time.sleep(wait_s)
+        for worker in workers:
+            worker.kill()
+        assert set(finish(workers)) <= {0, -signal.SIGKILL}
+    assert run_on(2, place, out, *more, resume=True) == [0, 0], said(out)
+    assert ids(out) == ids(alone)
+    assert apart(out, alone) < 1e-9
+
+
+FAILING = """
+import sys, torch
+sys.path.insert(0, {root!r})
+import ranks, selfemo
+torch.cuda.is_available = lambda: False
+inner = selfemo.answer
+def answer(world, policy, samples, **settings):
+    if settings["step"] == 0 and ranks.rank() == 1:
+        {what}
+    return inner(world, policy, samples, **settings)
+selfemo.answer = answer
+sys.exit(selfemo.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "heard"),
+    [
+        ("raise OSError(28, 'No space left on device')", "rank 1: error: No space left on device"),
+        ("import os; os.kill(os.getpid(), 9)", "SIGKILL"),
+    ],
+)
+def test_a_rank_that_fails_takes_the_job_down_with_one_error(place, tmp_path, what, heard):
+    """Under the real torchrun: rank 1 fails while rank 0 samples or waits. Everything has ended within a minute."""
+    script = tmp_path / "script.py"
+    script.write_text(FAILING.format(root=str(ROOT), what=what))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    begun = time.monotonic()
+    ended = subprocess.run(
+        [*command, "--", str(script), *place.argv(tmp_path / "run", *ONE_ITERATION)],
+        capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
+    )  # fmt: skip
+    assert ended.returncode != 0
+    assert heard in ended.stderr
+    assert len([line for line in ended.stderr.splitlines() if "error: " in line and "rank" in line]) <= 1
+    assert time.monotonic() - begun < 60

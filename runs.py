@@ -261,6 +261,8 @@ def open_run(out: Path, settings: Record, *, resume: bool, may_differ: frozenset
     """
     config = out / "config.json"
     found = exchange("run" if config.exists() else "else" if out.exists() and any(out.iterdir()) else "nothing")[0]
+    if found == "run" and not os.access(out, os.W_OK):
+        raise UserError(f"{out} is read-only: make it writable, or copy it and give the copy as --out")
     if found == "else":
         raise UserError(f"{out} is not empty and holds no run: give another --out")
     if found == "nothing":

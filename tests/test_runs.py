@@ -363,45 +363,63 @@ def test_weights_of_another_model_are_refused(tmp_path, other):
 # Whole runs: stopped, killed, damaged
 
 
-def leg(place, out, *more, before=None):
-    """A run in a process of its own, ended after `before` file operations by SIGKILL."""
+MOMENTS = {  # where a process is killed: generation, update, records and buffer, checkpoint, what makes it durable, export
+    "generation": (selfemo, "answer"),
+    "update": (selfemo, "policy_loss"),
+    "fine-tuning": (selfemo, "sft_step"),
+    "records": (runs.Run, "append"),
+    "checkpoint": (runs, "save_file"),
+    "sync": (os, "fsync"),
+    "rename": (os, "rename"),
+    "tidying": (shutil, "rmtree"),
+    "export": (Policy, "export"),
+}
+
+
+def leg(place, out, moment, nth):
+    """A run in a process of its own, ended by SIGKILL when it is about to enter a moment for the nth time."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["selfemo"])
-    worker = context.Process(target=mortal, args=(place.argv(out, *more) + ["--resume"], before))
+    worker = context.Process(target=mortal, args=([*place.argv(out, "--save_every", 1), "--resume"], moment, nth))
     worker.start()
     worker.join(120)
     return worker.exitcode
 
 
-def mortal(argv, operations):
+def mortal(argv, moment, nth):
     torch.set_num_threads(1)
-    left = itertools.count(operations, -1)
+    place, name = MOMENTS[moment]
+    inner, left = getattr(place, name), itertools.count(nth - 1, -1)
 
-    def counted(inner):
-        def call_it(*args, **settings):
-            if next(left) == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return inner(*args, **settings)
+    def fatal(*args, **settings):
+        if next(left) == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return inner(*args, **settings)
 
-        return call_it
-
-    for module, name in ((os, "fsync"), (os, "replace"), (os, "rename"), (shutil, "rmtree"), (os, "truncate")):
-        setattr(module, name, counted(getattr(module, name)))
-    runs.Run.append = counted(runs.Run.append)
-    runs.save_file = counted(runs.save_file)
-    selfemo.answer = counted(selfemo.answer)
+    setattr(place, name, fatal)
     os._exit(call(argv)[0])
 
 
-def test_a_killed_run_goes_on_bit_by_bit(place, finished, tmp_path):
-    """kill -9 again and again, each time after some dozens of file operations, in the middle of whatever it was doing."""
-    rng, statuses = random.Random(1), []
-    while not statuses or statuses[-1] == -signal.SIGKILL:
-        statuses.append(leg(place, tmp_path / "run", "--save_every", 1, before=rng.randint(30, 160)))
-        assert len(statuses) < 40
-    assert statuses[-1] == 0
-    assert len(statuses) > 3
-    assert results(tmp_path / "run") == results(finished)
+def test_twenty_kills_and_the_run_ends_bit_by_bit_as_if_nothing_had_happened(place, finished, tmp_path):
+    """kill -9 at random moments of every kind, at least twenty; then everything the run wrote is compared."""
+    rng, out, killed = random.Random(4), tmp_path / "run", []
+    often = [moment for moment in MOMENTS if moment not in ("fine-tuning", "export")]
+    while (position := stage_of(out)) < 5 or "export" not in killed:
+        kinds = ["export"] if position == 5 else [*often, "fine-tuning"] if position % 2 == 0 else often
+        moment = rng.choice(kinds)
+        nth = 1 if moment in ("export", "fine-tuning") else rng.randint(1, 4)
+        assert leg(place, out, moment, nth) == -signal.SIGKILL
+        killed.append(moment)
+    assert len(killed) >= 20
+    assert set(killed) == set(MOMENTS)
+    assert place.run(out, "--save_every", 1, resume=True)[0] == 0
+    assert results(out) == results(finished)
+
+
+def stage_of(out):
+    """The stage that a run will go on with; 5 is the last, after two iterations."""
+    newest = newest_checkpoint(out)
+    return read_json(newest / "state.json")["position"]["stage"] if newest else 0
 
 
 def stop_at(monkeypatch, updates, number=signal.SIGTERM):

@@ -385,13 +385,21 @@ def with_gold(samples: Iterable[Sample], gold: Mapping[str, Weights]) -> list[Sa
     return [replace(s, gold=dict(gold[s.id])) if s.id in gold else s for s in known.values()]
 
 
-def overlap(train: Iterable[Dialogue], test: Iterable[Dialogue]) -> set[str]:
-    """Keys of train dialogues that share two or more lines of six or more words with one test dialogue (D24)."""
+def shared_lines(dialogues: Iterable[Dialogue], others: Iterable[Dialogue]) -> dict[str, Counter[str]]:
+    """Dialogue key -> key of another dialogue -> how many different long lines both have."""
     heard = defaultdict(set)
-    for d in test:
+    for d in others:
         for line in _long_lines(d):
             heard[line].add(d.key)
-    shared = {d.key: Counter(key for line in _long_lines(d) for key in heard.get(line, ())) for d in train}
+    return {d.key: Counter(key for line in _long_lines(d) for key in heard[line] - {d.key}) for d in dialogues}
+
+
+def overlap(train: Iterable[Dialogue], test: Iterable[Dialogue]) -> set[str]:
+    """Keys of train dialogues that share two or more lines of six or more words with one test dialogue (D24).
+
+    The other way round, the test dialogues that share as much with one train dialogue: those that are not clean.
+    """
+    shared = shared_lines(train, test)
     return {key for key, counts in shared.items() if max(counts.values(), default=0) >= 2}
 
 
@@ -401,9 +409,14 @@ def drop_overlap(train: Sequence[Dialogue], test: Iterable[Dialogue]) -> list[Di
     return [d for d in train if d.key not in gone]
 
 
+def long_line(text: str) -> str | None:
+    """The words of a line without case and punctuation, if there are at least six."""
+    words = re.sub(r"[^\w\s]", "", text.lower()).split()
+    return " ".join(words) if len(words) >= 6 else None
+
+
 def _long_lines(dialogue: Dialogue) -> set[str]:
-    folded = (re.sub(r"[^\w\s]", "", turn.text.lower()).split() for turn in dialogue.turns)
-    return {" ".join(words) for words in folded if len(words) >= 6}
+    return {line for turn in dialogue.turns if (line := long_line(turn.text))}
 
 
 # Prompts: the contract of Table 5 in our words (D16)

@@ -9,7 +9,7 @@ The sizes of the paper, 5,163, 647 and 1,623, need more than a filter on the six
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -119,7 +119,8 @@ def sources(root: str | Path) -> list[Source]:
     for session in SESSIONS:
         dialog = folder / f"Session{session}/dialog"
         # Copies made by other systems leave "._Ses...": the pattern passes them over.
-        names = sorted(p.stem for p in (dialog / "transcriptions").glob(f"Ses0{session}*.txt") if NAME.fullmatch(p.stem))
+        paths = [p for part in ("transcriptions", "EmoEvaluation") for p in (dialog / part).glob(f"Ses0{session}*.txt")]
+        names = sorted({path.stem for path in paths if NAME.fullmatch(path.stem)})
         if not names:
             raise UserError(f"{dialog / 'transcriptions'}: no file such as Ses0{session}F_impro01.txt; {AGAIN}")
         for name in names:
@@ -184,7 +185,7 @@ def dialogue(source: Source, *, context: Literal["labelled", "all"] = "labelled"
     spoken, judged = read_spoken(source), read_judged(source)
     lost = [number for number in judged.keys() - {s.number for s in spoken} if judged[number].label]
     if lost:
-        raise UserError(f"{source.spoken}: no line for {min(lost)}, which has a label in {source.judged.parent.name}; {AGAIN}")
+        raise UserError(f"{source.spoken}: no line for {min(lost)}, to which EmoEvaluation gives a label; {AGAIN}")
     turns = []
     for said in spoken:
         rating = judged.get(said.number, Rating("xxx"))
@@ -206,6 +207,38 @@ def fingerprint(dialogues: Iterable[Dialogue]) -> str:
     """SHA-256 over every dialogue's name and number of labelled turns; of a whole release it must be FINGERPRINT."""
     counts = {d.id: sum(turn.label is not None for turn in d.turns) for d in dialogues}
     return hashlib.sha256("\n".join(f"{name} {counts[name]}" for name in sorted(counts)).encode()).hexdigest()
+
+
+SURVEY = (
+    "rated turns",
+    "promoted to happy",
+    "turns without a class",
+    "turns without a rating",
+    "rated but not spoken",
+    "undecided with a majority",
+    "votes of an unknown name",
+)
+
+
+def survey(source: Source) -> Counter[str]:
+    """Counts of one dialogue for an audit, under the names in SURVEY."""
+    numbers, judged = [spoken.number for spoken in read_spoken(source)], read_judged(source)
+    undecided = [rating for rating in judged.values() if rating.code == "xxx"]
+    counts = {
+        "rated turns": len(judged),
+        "promoted to happy": sum(rating.label is not None for rating in undecided),
+        "turns without a class": sum(number not in judged or judged[number].label is None for number in numbers),
+        "turns without a rating": sum(number not in judged for number in numbers),
+        "rated but not spoken": len(judged.keys() - set(numbers)),
+        "undecided with a majority": sum(_majority(rating.votes) for rating in undecided),
+        "votes of an unknown name": sum(v not in VOTES and v not in OTHER_VOTES for r in judged.values() for v in r.votes),
+    }
+    return Counter(counts)
+
+
+def _majority(votes: Sequence[str]) -> bool:
+    first, second = [*Counter(vote.removesuffix(" state") for vote in votes).most_common(2), ("", 0), ("", 0)][:2]
+    return first[1] > second[1]
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:

@@ -175,9 +175,16 @@ def load(
         return iemocap.load(root, split, context=context, soft_labels=soft_labels)
     if dataset not in TABLES:
         return _jsonl(dataset, Path(root), split, label_set(dataset, root))
-    if soft_labels:
-        raise UserError(f"--soft_labels: the {dataset} files hold no votes; give --gold FILE or leave it out")
+    with_votes([dataset], soft_labels)
     return _table(dataset, Path(root), split)
+
+
+def with_votes(datasets: Iterable[str], wanted: bool) -> dict[str, bool]:
+    """Which datasets take votes as gold if they are wanted: all but those of CSV files. Raises UserError if none has any."""
+    having = {name: wanted and name not in TABLES for name in datasets}
+    if wanted and not any(having.values()):
+        raise UserError(f"--soft_labels: the {', '.join(having)} files hold no votes; give --gold FILE or leave it out")
+    return having
 
 
 def label_set(dataset: str, root: str | Path) -> tuple[str, ...]:

@@ -162,7 +162,7 @@ def read_judged(source: Source) -> dict[str, Rating]:
             current, speaker = head[1].removeprefix(f"{source.name}_"), head[1].rpartition("_")[2][:1]
             if head[2] not in CODES and head[2] not in OTHER_CODES:
                 known = " ".join((*CODES, *OTHER_CODES))
-                raise UserError(f"{source.judged}:{number}: unknown emotion {head[2]!r}, known are {known}")
+                raise UserError(f"{source.judged}:{number}: unknown emotion {head[2]!r}, known are {known}; {AGAIN}")
             if current in found:
                 raise UserError(f"{source.judged}:{number}: {current} a second time; {AGAIN}")
             found[current] = Rating(head[2])

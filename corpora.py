@@ -213,7 +213,7 @@ def _append(remote: Remote, part: Path, have: int, timeout: float) -> None:
             part.open("ab" if have else "wb") as file,
             tqdm(desc=name, initial=have, total=remote.size, unit="B", unit_scale=True, disable=None) as bar,
         ):
-            while have <= remote.size and (chunk := response.read(1 << 16)):
+            while have <= remote.size and (chunk := response.read1(1 << 16)):
                 have += file.write(chunk)
                 bar.update(len(chunk))
             file.flush()

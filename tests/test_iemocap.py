@@ -49,10 +49,8 @@ def short(root, name, *codes):
     return add(root, name, spoken, [block(turn, code) for turn, code in zip(ids, codes, strict=True)])
 
 
-@pytest.fixture
-def root(tmp_path):
+def release(made):
     """Six dialogues: session 1 has one of dev and one of train, session 5 is test."""
-    made = tmp_path / "IEMOCAP_full_release"
     a = "Ses01F_impro99"
     add(
         made,
@@ -83,6 +81,11 @@ def root(tmp_path):
     short(made, "Ses04F_script02_2", "neu", "xxx")
     short(made, "Ses05M_script01_1b", "hap", "sad", "neu", "ang")
     return made
+
+
+@pytest.fixture
+def root(tmp_path):
+    return release(tmp_path / "IEMOCAP_full_release")
 
 
 def one(root, name="Ses01F_impro99", split="train", **options):

@@ -105,7 +105,7 @@ def stats(command: StatsCommand) -> Iterator[str]:
         from model import load_tokenizer
 
         tokenizer = load_tokenizer(command.tokenizer)
-    for name, root in pairs("data", command.data).items():
+    for name, root in _roots(command.data).items():
         splits = {split: data.load(name, root, split, context=command.context) for split in SPLITS}
         for split, dialogues in splits.items():
             made = data.samples(dialogues, data.label_set(name, root))
@@ -179,7 +179,6 @@ def fetch(remote: Remote, to: Path, *, timeout: float = 30.0, tries: int = 6, wa
 def _receive(remote: Remote, part: Path, timeout: float) -> None:
     """One try: add to `part` what it lacks, then check it. Raises _Again for faults of the network and of the content."""
     have = part.stat().st_size if part.exists() else 0
-    have = have if have <= remote.size else 0
     if have < remote.size:
         try:
             _append(remote, part, have, timeout)
@@ -265,7 +264,7 @@ Corpus = Mapping[str, Sequence[Dialogue]]  # split -> dialogues
 
 def audit(command: AuditCommand) -> Iterator[str]:
     """The tables, or one line of JSON. Raises UserError for data that cannot be read."""
-    roots = pairs("data", command.data)
+    roots = _roots(command.data)
     corpora = {name: {split: data.load(name, root, split) for split in SPLITS} for name, root in roots.items()}
     checks = {name: checks_of(name, root, corpora[name]) for name, root in roots.items()}
     shared, everything = shared_lines(corpora), [c for found in checks.values() for c in found]
@@ -461,6 +460,12 @@ def _names(found: Mapping[str, Counter[str]]) -> str:
     return ", ".join(f"{name} {n}" for name, n in total.most_common(4)) + (f" and {rest} more" if rest > 0 else "")
 
 
+def _roots(given: Sequence[str]) -> dict[str, str]:
+    if not given:
+        raise UserError("no data: give --data NAME=DIR, for example --data meld=data/meld")
+    return pairs("data", given)
+
+
 def main() -> None:
     """Run a command. A user's mistake is one line on stderr and exit code 2."""
     commands: dict[str, Callable[..., Any]] = {"stats": StatsCommand, "download": DownloadCommand, "audit": AuditCommand}
@@ -480,3 +485,5 @@ def main() -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # the reader, such as head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

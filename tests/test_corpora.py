@@ -344,7 +344,7 @@ def test_odd_characters(text, odd):
     assert dict(corpora.odd_characters(text)) == odd
 
 
-@pytest.mark.parametrize("words", ["meld={0}", "iemocap={0}", "mine={0}", "meld", "meld={0}/file", "meld=x meld=x"])
+@pytest.mark.parametrize("words", ["meld={0}", "iemocap={0}", "mine={0}", "meld", "meld={0}/file", "meld=x meld=x", ""])
 def test_rubbish_is_one_line_and_exit_2(tmp_path, monkeypatch, capsys, words):
     (tmp_path / "file").write_text("rubbish")
     (tmp_path / "rubbish.csv").write_bytes(b"\xff\xfe\x00")
@@ -384,6 +384,7 @@ def test_iemocaps_self_check_is_shown_by_stats_and_audit(tmp_path, monkeypatch, 
     status, out, _ = run(monkeypatch, capsys, "audit", *words, "--json")
     rows = json.loads(out)["checks"]["iemocap"]
     assert rows["promoted to happy"]["found"] == {"train": 1, "dev": 0, "test": 0}
+    assert rows["promoted to happy"]["expected"] == {"train": 51, "dev": 1, "test": 1}
     assert rows["rated turns of the release"]["found"] == {"all": 5}
     assert rows["rated turns of the release"]["status"] == "differs"
     assert rows["undecided with a majority"]["status"] == "ok" and root.exists()

@@ -1,6 +1,8 @@
 """Dialogues, samples, prompts, the answer parser, and the new samples that self-play makes (Eqs. 5-7). No torch here.
 
+    python data.py download --to data
     python data.py stats --data meld=data/meld --data emorynlp=data/emorynlp [--tokenizer DIR]
+    python data.py audit --data meld=data/meld --data emorynlp=data/emorynlp [--json]
 
 A `Dialogue` is read from a file. Each of its labelled turns becomes a `Sample`: a context C that ends with the turn to
 recognise, somebody who answers, and gold weights. `encode` makes its prompt, `parse_output` reads an answer, `select`
@@ -13,17 +15,13 @@ import hashlib
 import json
 import math
 import re
-import statistics
-import sys
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
-
-import tyro
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -162,8 +160,9 @@ def load(
     context: Literal["labelled", "all"] = "labelled",
     soft_labels: bool = False,
 ) -> list[Dialogue]:
-    """The dialogues of one split: `meld` and `emorynlp` from the CSV files of declare-lab/MELD (D22), any other name from
-    {train,dev,test}.jsonl in `root`, a dialogue a line as in DIALOGUE, with "personas": {name: sentence} if there are any.
+    """The dialogues of one split: `meld` and `emorynlp` from the CSV files of declare-lab/MELD, `iemocap` from its official
+    release or the folder around it (D22), any other name from {train,dev,test}.jsonl in `root`, a dialogue a line as in
+    DIALOGUE, with "personas": {name: sentence} if there are any.
 
     `context` is for IEMOCAP: drop unlabelled turns as benchmarks do, or keep them. `soft_labels`: annotators' votes as
     gold (D14); JSONL labels may be soft anyway. Raises UserError that names file and line.
@@ -171,12 +170,21 @@ def load(
     if split not in SPLITS or not re.fullmatch(r"[\w.-]+", dataset):
         raise UserError(f"{dataset}/{split}: splits are {', '.join(SPLITS)}; names have letters, digits, '.', '_', '-'")
     if dataset == "iemocap":
-        raise UserError("iemocap is not read yet: convert it to JSONL and give it another name")
+        import iemocap
+
+        return iemocap.load(root, split, context=context, soft_labels=soft_labels)
     if dataset not in TABLES:
         return _jsonl(dataset, Path(root), split, label_set(dataset, root))
-    if soft_labels:
-        raise UserError(f"--soft_labels: the {dataset} files hold no votes; give --gold FILE or leave it out")
+    with_votes([dataset], soft_labels)
     return _table(dataset, Path(root), split)
+
+
+def with_votes(datasets: Iterable[str], wanted: bool) -> dict[str, bool]:
+    """Which datasets take votes as gold if they are wanted: all but those of CSV files. Raises UserError if none has any."""
+    having = {name: wanted and name not in TABLES for name in datasets}
+    if wanted and not any(having.values()):
+        raise UserError(f"--soft_labels: the {', '.join(having)} files hold no votes; give --gold FILE or leave it out")
+    return having
 
 
 def label_set(dataset: str, root: str | Path) -> tuple[str, ...]:
@@ -384,13 +392,21 @@ def with_gold(samples: Iterable[Sample], gold: Mapping[str, Weights]) -> list[Sa
     return [replace(s, gold=dict(gold[s.id])) if s.id in gold else s for s in known.values()]
 
 
-def overlap(train: Iterable[Dialogue], test: Iterable[Dialogue]) -> set[str]:
-    """Keys of train dialogues that share two or more lines of six or more words with one test dialogue (D24)."""
+def shared_lines(dialogues: Iterable[Dialogue], others: Iterable[Dialogue]) -> dict[str, Counter[str]]:
+    """Dialogue key -> key of another dialogue -> how many different long lines both have."""
     heard = defaultdict(set)
-    for d in test:
+    for d in others:
         for line in _long_lines(d):
             heard[line].add(d.key)
-    shared = {d.key: Counter(key for line in _long_lines(d) for key in heard.get(line, ())) for d in train}
+    return {d.key: Counter(key for line in _long_lines(d) for key in heard[line] - {d.key}) for d in dialogues}
+
+
+def overlap(train: Iterable[Dialogue], test: Iterable[Dialogue]) -> set[str]:
+    """Keys of train dialogues that share two or more lines of six or more words with one test dialogue (D24).
+
+    The other way round, the test dialogues that share as much with one train dialogue: those that are not clean.
+    """
+    shared = shared_lines(train, test)
     return {key for key, counts in shared.items() if max(counts.values(), default=0) >= 2}
 
 
@@ -400,9 +416,14 @@ def drop_overlap(train: Sequence[Dialogue], test: Iterable[Dialogue]) -> list[Di
     return [d for d in train if d.key not in gone]
 
 
+def long_line(text: str) -> str | None:
+    """The words of a line without case and punctuation, if there are at least six."""
+    words = re.sub(r"[^\w\s]", "", text.lower()).split()
+    return " ".join(words) if len(words) >= 6 else None
+
+
 def _long_lines(dialogue: Dialogue) -> set[str]:
-    folded = (re.sub(r"[^\w\s]", "", turn.text.lower()).split() for turn in dialogue.turns)
-    return {" ".join(words) for words in folded if len(words) >= 6}
+    return {line for turn in dialogue.turns if (line := long_line(turn.text))}
 
 
 # Prompts: the contract of Table 5 in our words (D16)
@@ -723,45 +744,11 @@ def sample_from_record(record: Mapping[str, Any]) -> Sample:
     return Sample(**{**record, "context": turns, "following": following, "responder": responder, "labels": labels})
 
 
-@dataclass(frozen=True)
-class StatsCommand:
-    """Count dialogues, samples, labels, responders and prompt lengths."""
-
-    data: Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
-    """NAME=DIR of a dataset; repeatable."""
-    tokenizer: str = ""
-    """Hugging Face folder: count its tokens instead of words."""
-
-
-def stats(command: StatsCommand) -> Iterator[str]:
-    """The lines of the table, four a split."""
-    from model import load_tokenizer
-
-    tokenizer = load_tokenizer(command.tokenizer) if command.tokenizer else None
-    for (name, _, root), split in ((entry.partition("="), split) for entry in command.data for split in SPLITS):
-        dialogues = load(name, root, split)
-        made = samples(dialogues, label_set(name, root))
-        labels = Counter(max(s.gold, key=s.gold.__getitem__) for s in made)
-        kinds = Counter(s.responder.kind for s in made)
-        yield f"{name}/{split}: {len(dialogues)} dialogues, {len(made)} samples"
-        yield "  labels: " + ", ".join(f"{label} {n}" for label, n in labels.most_common())
-        yield "  responders: " + ", ".join(f"{kind} {n}" for kind, n in kinds.most_common())
-        words = [" ".join(m["content"] for m in messages(s, DEFAULT)).split() for s in made]
-        n = sorted(map(len, [encode(tokenizer, s, DEFAULT)[0] for s in made] if tokenizer else words)) or [0]
-        p50, p95 = (n[round(q * (len(n) - 1))] for q in (0.5, 0.95))
-        unit = "tokens" if tokenizer else "words"
-        yield f"  {unit} a prompt: mean {statistics.fmean(n):.0f}, p50 {p50}, p95 {p95}, max {n[-1]}"
-
-
 def main() -> None:
-    """Run a command. A user's mistake is one line on stderr and exit code 2."""
-    command = tyro.extras.subcommand_cli_from_dict({"stats": StatsCommand}, description=__doc__)
-    try:
-        for line in stats(command):
-            print(line)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    """Run a command: stats, download or audit."""
+    import corpora
+
+    corpora.main()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import statistics
 import sys
 from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -201,7 +201,11 @@ def task_entropies(
 
 @dataclass(frozen=True)
 class ScoreCommand:
-    """Let a model answer every sample of a split once and score the answers."""
+    """Let a model answer every sample of a split once and score the answers.
+
+    Where the train splits of all --data can be read, a row `clean` stands beside each: the same answers without dialogues
+    that share two or more lines of six or more words with one dialogue of those train splits (D24).
+    """
 
     model: str
     """Hugging Face folder of a chat model."""
@@ -229,17 +233,23 @@ class ScoreCommand:
     """JSONL of sample id and weights that replace the gold labels."""
     prompts: Path | None = None
     """JSON that replaces the prompts."""
+    context: Literal["labelled", "all"] = "labelled"
+    """Turns of IEMOCAP in the context: labelled ones as the benchmarks, or all."""
+    soft_labels: tyro.conf.FlagConversionOff[Switch] = False
+    """Annotators' votes as gold, where a release has them (D14)."""
 
 
 def _datasets(command: ScoreCommand) -> dict[str, list[Sample]]:
     """The samples to score, dataset by dataset, in the order of the files."""
     chosen = {}
     gold = data.read_gold(command.gold) if command.gold else {}
+    votes = data.with_votes(dict.fromkeys(entry.partition("=")[0] for entry in command.data), command.soft_labels)
     for entry in command.data:
         name, _, root = entry.partition("=")
         if not root or name in chosen:
             raise UserError(f"--data {entry}: give NAME=DIR, every name once")
-        samples = data.samples(data.load(name, root, command.split), data.label_set(name, root))
+        dialogues = data.load(name, root, command.split, context=command.context, soft_labels=votes[name])
+        samples = data.samples(dialogues, data.label_set(name, root))
         mine = {key: weights for key, weights in gold.items() if key.startswith(f"{name}/{command.split}/")}
         samples = data.with_gold(samples, mine) if mine else samples
         shuffled = random.Random(f"{command.seed}/{name}").sample(range(len(samples)), len(samples))
@@ -249,6 +259,16 @@ def _datasets(command: ScoreCommand) -> dict[str, list[Sample]]:
     if gold and not any(key.startswith(f"{name}/{command.split}/") for key in gold for name in chosen):
         raise UserError(f"{command.gold}: no id belongs to the {command.split} split of {', '.join(chosen)}")
     return chosen
+
+
+def unclean(command: ScoreCommand) -> set[str] | None:
+    """Keys of the dialogues that are not clean; None for the train split itself, and where a train split is missing."""
+    roots = [entry.partition("=")[::2] for entry in command.data]
+    try:
+        train, scored = ([d for name, root in roots for d in data.load(name, root, s)] for s in ("train", command.split))
+    except UserError:
+        return None
+    return data.overlap(scored, train) if command.split != "train" else None
 
 
 def _answer(command: ScoreCommand, datasets: Mapping[str, Sequence[Sample]]) -> dict[str, list[tuple[str, bool]]]:
@@ -333,13 +353,22 @@ def report(
     lenient: bool = False,
     baseline: Mapping[str, bool] | None = None,
     seed: int = 0,
+    unclean: Set[str] | None = None,
 ) -> tuple[str, dict[str, Any]]:
-    """Text for people and the same numbers for programs: per dataset and averaged, with the majority class beside."""
-    strict, beside, compared, text = {}, {}, {}, []
+    """Text for people and the same numbers for programs: per dataset and averaged, with the majority class beside.
+
+    `unclean`: keys of dialogues that the rows `clean` leave out (D24).
+    """
+    strict, clean, clean_counts, beside, compared, text = {}, {}, {}, {}, {}, []
     for name, samples in datasets.items():
         pairs = list(zip(samples, answers[name], strict=True))
-        scores = score(samples, [data.parse_output(text, s.labels, finished=done) for s, (text, done) in pairs])
+        parses = [data.parse_output(text, s.labels, finished=done) for s, (text, done) in pairs]
+        scores = score(samples, parses)
         strict[name] = scores.metrics()
+        kept = [i for i, s in enumerate(samples) if unclean is not None and s.id.rpartition("/")[0] not in unclean]
+        if kept:
+            clean[name] = score([samples[i] for i in kept], [parses[i] for i in kept]).metrics()
+            clean_counts[name] = len(kept)
         beside[f"{name}, majority"] = majority(samples).metrics()
         if lenient:
             beside[f"{name}, lenient"] = score(samples, [parse_lenient(text, s.labels) for s, (text, _) in pairs]).metrics()
@@ -347,10 +376,17 @@ def report(
         if baseline is not None:
             compared[name] = _compare(scores, samples, baseline, seed)
             text.append(f"{name} against the baseline: " + ", ".join(f"{k} {v:.4g}" for k, v in compared[name].items()))
-    average = {key: statistics.fmean(row[key] for row in strict.values()) for key in next(iter(strict.values()))}
-    rows = {**strict, **({"average": average} if len(strict) > 1 else {}), **beside}
+    rows = strict | averaged(strict) | {f"{name}, clean": row for name, row in (clean | averaged(clean)).items()} | beside
     counts = {name: len(samples) for name, samples in datasets.items()}
-    return "\n".join([*text, summary(rows)]), {"samples": counts, "scores": rows, "compared": compared}
+    numbers = {"samples": counts, "clean_samples": clean_counts, "scores": rows, "compared": compared}
+    return "\n".join([*text, summary(rows)]), numbers
+
+
+def averaged(rows: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """A row `average` of several rows, nothing of one."""
+    if len(rows) < 2:
+        return {}
+    return {"average": {key: statistics.fmean(row[key] for row in rows.values()) for key in next(iter(rows.values()))}}
 
 
 def score_command(command: tyro.conf.OmitArgPrefixes[ScoreCommand]) -> int:
@@ -361,7 +397,9 @@ def score_command(command: tyro.conf.OmitArgPrefixes[ScoreCommand]) -> int:
     datasets = _datasets(command)
     baseline = read_baseline(command.baseline, datasets) if command.baseline else None
     answers = _answer(command, datasets)
-    text, numbers = report(datasets, answers, lenient=command.lenient, baseline=baseline, seed=command.seed)
+    text, numbers = report(
+        datasets, answers, lenient=command.lenient, baseline=baseline, seed=command.seed, unclean=unclean(command)
+    )
     if command.out:
         rows = [row for name in datasets for row in prediction_rows(datasets[name], answers[name])]
         command.out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

@@ -171,9 +171,19 @@ def open_world(cfg: Config) -> World:
     for split, samples in splits.items():
         dropped = len(samples) - len(fitting[split])
         announce(f"{split}: {len(fitting[split])} samples" + f", {dropped} over --max_prompt_tokens dropped" * (dropped > 0))
+    announce(shares(fitting["train"]))
     if all(len(sample.gold) == 1 for sample in fitting["train"]):
         announce("gold is one label a sample: answers that all name it alone leave Eq. 12 nothing to compare (D14)")
     return replace(world, originals=fitting["train"], dev=fitting["dev"], test=fitting["test"])
+
+
+def shares(samples: Sequence[Sample]) -> str:
+    """How often each dataset is drawn: all samples in one seeded shuffle, so by size; each keeps its own labels."""
+    parts = [
+        f"{name} {100 * len(own) / len(samples):.1f} % ({len(own)} samples, {len(own[0].labels)} labels)"
+        for name, own in group_by_dataset(samples).items()
+    ]
+    return f"prompts are drawn by size of dataset, seeded: {', '.join(parts)}"
 
 
 def read_splits(cfg: Config) -> dict[str, list[Sample]]:
@@ -192,7 +202,8 @@ def read_splits(cfg: Config) -> dict[str, list[Sample]]:
 def read_samples(cfg: Config, roots: Mapping[str, str]) -> dict[tuple[str, str], list[Sample]]:
     """The samples of every (dataset, split), with the gold and the personas that the settings ask for."""
     keys = [(name, split) for name in roots for split in data.SPLITS]
-    load = {key: data.load(key[0], roots[key[0]], key[1], context=cfg.context, soft_labels=cfg.soft_labels) for key in keys}
+    votes = data.with_votes(roots, cfg.soft_labels)
+    load = {(n, s): data.load(n, roots[n], s, context=cfg.context, soft_labels=votes[n]) for n, s in keys}
     if cfg.drop_overlap:  # D24
         test = [dialogue for key in keys if key[1] == "test" for dialogue in load[key]]
         load |= {key: data.drop_overlap(load[key], test) for key in keys if key[1] == "train"}

@@ -1,7 +1,6 @@
 """Loaders, samples, personas, prompts, selection and new samples."""
 
 import json
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -234,7 +233,7 @@ def test_other_mistakes_of_the_caller(tmp_path):
         data.load("meld", tmp_path, "valid")
     with pytest.raises(UserError, match="names have letters"):
         data.load("a/b", tmp_path, "train")
-    with pytest.raises(UserError, match="iemocap is not read yet"):
+    with pytest.raises(UserError, match="Ask for IEMOCAP"):
         data.load("iemocap", tmp_path, "train")
     with pytest.raises(UserError, match="--soft_labels: the meld files hold no votes"):
         data.load("meld", tmp_path, "train", soft_labels=True)
@@ -363,6 +362,15 @@ def test_overlap_takes_two_long_lines_of_one_dialogue():
     ]
     assert data.overlap(train, test) == {"meld/train/both"}
     assert [d.id for d in data.drop_overlap(train, test)] == ["one", "twice", "apart", "short"]
+    assert data.overlap(test, train) == {"meld/train/t1"}  # the test dialogues that are not clean
+
+
+def test_with_votes():
+    """D14: votes where a release has them; the CSV files never do, and alone they are refused."""
+    assert data.with_votes(["meld", "iemocap", "mine"], True) == {"meld": False, "iemocap": True, "mine": True}
+    assert data.with_votes(["meld", "iemocap"], False) == {"meld": False, "iemocap": False}
+    with pytest.raises(UserError, match="--soft_labels: the meld, emorynlp files hold no votes; give --gold FILE"):
+        data.with_votes(["meld", "emorynlp"], True)
 
 
 # Prompts
@@ -619,25 +627,3 @@ def test_records():
     parent = sample(personas={"Bo": "b"}, following=Turn("Ann", "Real.", {"joy": 1.0}))
     for made in (parent, data.new_sample(parent, output(), 3)):
         assert data.sample_from_record(json.loads(json.dumps(data.sample_record(made)))) == made
-
-
-# The command
-
-
-def test_stats(tmp_path, monkeypatch, capsys):
-    for split in data.SPLITS:
-        jsonl(tmp_path, row("d1", ("Ann", "Hi.", "joy"), ("Bo", "Ho.", "fear"), ("Bo", "Ha.", "joy")), split=split)
-    monkeypatch.setattr("sys.argv", ["data.py", "stats", "--data", f"mine={tmp_path}"])
-    data.main()
-    text = capsys.readouterr().out.splitlines()
-    assert text[:3] == ["mine/train: 1 dialogues, 3 samples", "  labels: joy 2, fear 1", "  responders: prev 2, next 1"]
-    assert re.fullmatch(r"  words a prompt: mean \d+, p50 \d+, p95 \d+, max \d+", text[3])
-    assert len(text) == 12
-
-
-def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["data.py", "stats", "--data", f"meld={tmp_path}"])
-    with pytest.raises(SystemExit) as stop:
-        data.main()
-    assert stop.value.code == 2
-    assert re.fullmatch(r"error: \S+: No such file or directory; .*\n", capsys.readouterr().err)

@@ -302,7 +302,9 @@ def accepted():
         "selfemo.py": fields("config", "Config"),
         "evaluate.py score": fields("evaluate", "ScoreCommand"),
         "evaluate.py audit": {"show"},
-        "data.py stats": fields("data", "StatsCommand"),
+        "data.py stats": fields("corpora", "StatsCommand"),
+        "data.py download": fields("corpora", "DownloadCommand"),
+        "data.py audit": fields("corpora", "AuditCommand"),
         "toy.py baselines": set(),
         "toy.py gold-sft": {"seed"},
     }

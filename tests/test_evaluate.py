@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import tiny
+from test_iemocap import release
 
 import evaluate
 from data import Failure, Output, Responder, Sample, Turn, UserError
@@ -198,6 +199,22 @@ def test_report_averages_datasets_and_shows_majority_and_lenient_beside():
     assert "average" not in report({"b": datasets["b"]}, answers)[1]["scores"]
 
 
+def test_report_scores_the_clean_part_beside_the_whole():
+    """a: right, wrong, right, and the wrong one is not clean: 2/3 of all, 2/2 of the clean ones. b: nothing is clean."""
+    datasets = {"a": [sample(i) for i in range(3)], "b": [sample(3)]}
+    answers = {"a": [(answer(), True), (answer("{'anger': 1.0}"), True), (answer(), True)], "b": [(answer(), True)]}
+    unclean = {"world/test/1", "world/test/3", "world/test/99"}
+    text, numbers = report(datasets, answers, unclean=unclean)
+    rows = numbers["scores"]
+    assert list(rows) == ["a", "b", "average", "a, clean", "a, majority", "b, majority"]
+    assert (rows["a"]["acc"], rows["a, clean"]["acc"]) == (pytest.approx(2 / 3), 1.0)
+    assert numbers["samples"] == {"a": 3, "b": 1} and numbers["clean_samples"] == {"a": 2}
+    assert "a, clean" in text
+    rows = report(datasets, answers, unclean=set())[1]["scores"]
+    assert rows["average, clean"] == rows["average"] and rows["a, clean"] == rows["a"]
+    assert report(datasets, answers)[1]["clean_samples"] == {}
+
+
 def test_report_reads_a_cut_answer_as_a_failure():
     assert report({"a": [sample()]}, {"a": [(answer(), False)]})[1]["scores"]["a"]["rule_rate"] == 0.0
 
@@ -316,7 +333,7 @@ def test_the_command_scores_a_model_and_pairs_it_with_its_own_answers(monkeypatc
     both = ("--data", f"b={folder / 'b'}", "--out", folder / "out.jsonl", "--lenient", "true")
     code, out, _ = command(monkeypatch, capsys, folder, *both)
     numbers = json.loads(out.splitlines()[-1])
-    assert code == 0 and numbers["samples"] == {"a": 3, "b": 3}
+    assert code == 0 and numbers["samples"] == numbers["clean_samples"] == {"a": 3, "b": 3}
     assert numbers["scores"]["average"]["acc"] == 0.0 and numbers["scores"]["a, majority"]["acc"] == pytest.approx(2 / 3)
     assert "no valid output: 3 of 3" in out and "a, lenient" in out
     rows = [json.loads(line) for line in (folder / "out.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -325,6 +342,41 @@ def test_the_command_scores_a_model_and_pairs_it_with_its_own_answers(monkeypatc
     code, out, _ = command(monkeypatch, capsys, folder, "--baseline", folder / "out.jsonl", "--limit", "2")
     numbers = json.loads(out.splitlines()[-1])
     assert code == 0 and numbers["samples"] == {"a": 2} and numbers["compared"]["a"]["mcnemar_p"] == 1.0
+
+
+def test_what_is_clean_depends_on_the_train_splits_of_all_the_data(folder):
+    """a/test has d, which shares its two long lines with b/train alone, and e, which shares one of them."""
+    long = ["We never said that it was easy.", "Now the kettle is cold again, Ann."]
+
+    def write(name, split, **dialogues):
+        rows = [
+            {"id": key, "turns": [{"speaker": "Ann", "text": text, "label": "joy"} for text in texts]}
+            for key, texts in dialogues.items()
+        ]
+        path = folder / name / f"{split}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+    write("a", "test", d=long, e=long[:1])
+    write("b", "train", x=[text.upper() for text in long])
+    pairs = tuple(f"{name}={folder / name}" for name in "ab")
+    command = evaluate.ScoreCommand(model="", data=pairs)
+    assert evaluate.unclean(command) == {"a/test/d"}
+    assert evaluate.unclean(evaluate.ScoreCommand(model="", data=pairs[:1])) == set()
+    assert evaluate.unclean(evaluate.ScoreCommand(model="", data=pairs, split="train")) is None
+    (folder / "b/train.jsonl").unlink()
+    assert evaluate.unclean(command) is None
+
+
+def test_context_and_votes_of_iemocap_reach_the_samples(tmp_path):
+    """Of the invented release's first dialogue, F001 is the third labelled turn and the fifth of all."""
+    pairs = (f"iemocap={release(tmp_path / 'IEMOCAP_full_release')}",)
+    for options, turns, gold in (
+        ({}, 3, {"happy": 1.0}),
+        ({"context": "all", "soft_labels": True}, 5, {"happy": 0.5, "sad": 0.5}),
+    ):
+        command = evaluate.ScoreCommand(model="", data=pairs, split="train", **options)
+        chosen = next(s for s in evaluate._datasets(command)["iemocap"] if s.id.endswith("impro99/F001"))
+        assert (len(chosen.context), chosen.gold) == (turns, gold)
 
 
 def test_limit_takes_the_same_samples_every_time_and_gold_replaces_labels(folder):

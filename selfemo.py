@@ -32,8 +32,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 import data
 import evaluate
+import expert
 import metrics
 import toy
+from asking import open_experts
 from config import MAY_DIFFER, PRESETS, Config, parse
 from data import Output, Sample, UserError
 from grpo import advantages, clamped_share, consistency, core_emotions, low_var_kl, policy_loss, reward, token_weights
@@ -306,7 +308,7 @@ def cold_examples(run: Run, world: World, policy: Policy) -> list[Example]:
     """What the cold start learns, kept in cold_start.jsonl: one answer an original sample, where there is a valid one."""
     path = run.out / "cold_start.jsonl"
     if not path.exists():
-        makers = {"self": own_answers, "dataset": templates}
+        makers = {"self": own_answers, "dataset": templates, "expert": expert_answers}
         examples = makers[world.cfg.cold_start](world, policy) if world.cfg.cold_start in makers else []
         run.say(f"cold start ({world.cfg.cold_start}): {len(examples)} answers to {len(world.originals)} prompts")
         write_atomically(path, "".join(json.dumps(asdict(x)) + "\n" for x in examples))
@@ -337,6 +339,11 @@ def templates(world: World, policy: Policy) -> list[Example]:
             ids = world.tokenizer(target.removeprefix(prefix), add_special_tokens=False)["input_ids"]
             examples.append(Example(sample.id, tuple(prompt), (*ids, stop)))
     return [x for x in examples if len(x.ids) <= world.cfg.max_new_tokens]
+
+
+def expert_answers(world: World, policy: Policy) -> list[Example]:
+    """The expert's answers that keep the rule: the row "w/ COLD" of Table 2."""
+    return [Example(s.id, tuple(world.encode(s)[0]), ids) for s, ids in expert.cold_start_answers(world)]
 
 
 def retrain(run: Run, world: World, policy: Policy, buffer: Buffer, k: int) -> None:
@@ -520,6 +527,8 @@ def train(cfg: Config) -> None:
         print("building the toy world in data/toy (once)", flush=True)
         toy.build()
     quiet_transformers()
+    if cfg.cold_start == "expert" and not (Path(cfg.out) / "cold_start.jsonl").exists():
+        open_experts(cfg.expert, cfg.expert_model)  # what is wrong there is said before anything is written
     world = open_world(cfg)
     settings = {**asdict(cfg), "S": world.S, "T": cfg.iterations * world.S, "versions": versions()}
     policy = Policy.load(cfg.model, device="cuda" if torch.cuda.is_available() else "cpu")

@@ -164,6 +164,10 @@ def open_world(cfg: Config) -> World:
     for split, samples in splits.items():
         dropped = len(samples) - len(fitting[split])
         print(f"{split}: {len(fitting[split])} samples" + f", {dropped} over --max_prompt_tokens dropped" * (dropped > 0))
+    described = sum(sample.responder.persona is not None for sample in fitting["train"])
+    if cfg.personas or not described:
+        none = "no personas given: prompts describe nobody (Eq. 4: python expert.py personas, then --personas)"
+        print(f"personas: {described} of {len(fitting['train'])} training prompts have one" if cfg.personas else none)
     if all(len(sample.gold) == 1 for sample in fitting["train"]):
         print("gold is one label a sample: answers that all name it alone leave Eq. 12 nothing to compare (D14)")
     return replace(world, originals=fitting["train"], dev=fitting["dev"], test=fitting["test"])

@@ -66,16 +66,24 @@ Keep = Callable[[int, Reply | Unanswered], None]
 
 
 class Expert(Protocol):
-    """Somebody to ask. `name` tells experts apart; `identity` is the model's part of the cache's key."""
+    """Somebody to ask."""
 
     @property
-    def name(self) -> str: ...  # noqa: D102
+    def name(self) -> str:
+        """Tells experts apart."""
+
     @property
-    def identity(self) -> str: ...  # noqa: D102
+    def identity(self) -> str:
+        """The model's part of the cache's key."""
+
     @property
-    def control(self) -> Sequence[str]: ...  # noqa: D102
+    def control(self) -> Sequence[str]:
+        """Texts that must not come through from a dialogue: its control tokens."""
+
     @property
-    def price(self) -> tuple[float, float]: ...  # noqa: D102
+    def price(self) -> tuple[float, float]:
+        """Of a million tokens: prompt, answer."""
+
     def answer(self, chats: Sequence[Chat], settings: Settings, keep: Keep) -> None:
         """Hand the answer to chat number i to `keep` as soon as it is there."""
 
@@ -143,7 +151,7 @@ class Endpoint:
                 raise UserError(f"{self.url}, model {self.name}: {why}; {STOP[error.status_code]}; {KEPT}") from None
             return Unanswered(why)
         except (openai.OpenAIError, TimeoutError, TooLarge) as error:
-            return Unanswered(self.brief(f"{error or 'no answer in time'} {error.__cause__ or ''}"))
+            return Unanswered(self.brief(f"{str(error) or 'no whole answer in time'} {error.__cause__ or ''}"))
 
     def brief(self, text: str) -> str:
         """An error of the server in one short line, without the key that some servers send back."""

@@ -26,7 +26,7 @@ def completion(text, *, finish="stop", tokens=(7, 3), **message):
 
 
 class Server(ThreadingHTTPServer):
-    """`answer(request body, number of the request)` gives a JSON object, (status, object, headers), bytes, or None to hang up.
+    """`answer(request body, number of it)` gives a JSON object, bytes, (status, one of these, headers), or None to hang up.
 
     `seen` holds every request: its body, and its Authorization header under "key".
     """

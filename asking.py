@@ -98,7 +98,7 @@ class Endpoint:
     name: str
     url: str
     price: tuple[float, float] = (0.0, 0.0)
-    key: str = "none"  # local servers want none
+    key: str = ""  # local servers want none
     control: Sequence[str] = ()
 
     def __repr__(self) -> str:
@@ -155,7 +155,7 @@ class Endpoint:
 
     def brief(self, text: str) -> str:
         """An error of the server in one short line, without the key that some servers send back."""
-        return data.clean(text.replace(self.key, "***"))[:200]
+        return data.clean(text.replace(self.key, "***") if self.key else text)[:200]
 
 
 KEPT = "what was answered is kept, the same command goes on"
@@ -190,7 +190,7 @@ def connect(url: str, key: str, settings: Settings) -> "openai.AsyncOpenAI":
 
     http = openai.DefaultAsyncHttpxClient(event_hooks={"response": [limit]})
     return openai.AsyncOpenAI(
-        api_key=key, base_url=url, timeout=settings.timeout, max_retries=settings.retries, http_client=http
+        api_key=key or "none", base_url=url, timeout=settings.timeout, max_retries=settings.retries, http_client=http
     )
 
 
@@ -295,7 +295,7 @@ def open_experts(places: Sequence[str], models: Sequence[str] = (), prices: Sequ
             if not parts.hostname or "@" in parts.netloc or parts.query:
                 raise UserError("--expert URL is scheme, host and path alone; a key comes from OPENAI_API_KEY")
             library()
-            key = os.environ.get(f"OPENAI_API_KEY_{n}") or os.environ.get("OPENAI_API_KEY") or "none"
+            key = os.environ.get(f"OPENAI_API_KEY_{n}") or os.environ.get("OPENAI_API_KEY", "")
             found.append(Endpoint(next(named), place, price, key))
         else:
             from model import load_tokenizer

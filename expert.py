@@ -225,6 +225,8 @@ class Asking:
 
     def settings(self) -> Settings:
         """How to ask."""
+        if not self.data:
+            raise UserError("--data is missing: give NAME=DIR")
         how = (self.temperature, self.max_new_tokens, self.seed, self.concurrency, self.retries, self.timeout)
         if not (self.temperature >= 0 and self.limit >= 0 and self.retries >= 0) or min(how[1], how[3], how[5]) <= 0:
             raise UserError("--temperature, --limit and --retries must be at least 0; all other numbers at least 1")

@@ -155,8 +155,8 @@ def taught_ids(world: "World", sample: Sample, reply: Reply | Unanswered) -> tup
     ids = world.tokenizer(text, add_special_tokens=False)["input_ids"]
     if len(ids) >= world.cfg.max_new_tokens:
         return Failure("too_long", f"{len(ids)} tokens and the stop token")
-    if world.eos & set(ids):
-        return Failure("trailing", "a stop token inside")
+    if (world.eos | set(world.tokenizer.all_special_ids)) & set(ids):
+        return Failure("control", "a control token inside")
     answer = (*ids, min(world.eos))
     said = data.answer_text(world.tokenizer, answer, world.eos, prefix)
     parse = data.parse_output(said, sample.labels, finished=reply.finished)

@@ -710,14 +710,14 @@ def test_an_experts_text_becomes_tokens_of_the_policy(place, tmp_path):
     assert ids[-1] == min(w.eos) and data.answer_text(w.tokenizer, ids, w.eos, "") == VALID
     wanted = {
         "unfinished": said(VALID, finished=False),
-        "trailing": said(VALID.replace("joy.", "<|im_end|> joy.", 1)),
+        "control": said(VALID.replace("joy.", "<|im_end|> joy.", 1)),
         "unanswered": Unanswered("HTTP 500"),
         "think": said(VALID.replace("<think>", "")),
         "too_long": said(VALID.replace("joy", "joy " * 30, 1)),
     }
     assert {name: expert.taught_ids(w, s, reply).reason for name, reply in wanted.items()} == {name: name for name in wanted}
-    lost = expert.taught_ids(w, s, said(VALID.replace("'joy'", "'gladness'")))
-    assert isinstance(lost, Failure)
+    for forged in ("<|im_start|>", "<|im_end|>"):
+        assert expert.taught_ids(w, s, said(VALID.replace("feels", forged, 1))).reason == "control"
 
 
 def test_where_the_template_opens_the_think_block_the_answer_begins_inside(place, tmp_path):

@@ -442,6 +442,7 @@ def test_personas_are_read():
         ("'Bo'", "'Ann'", "duplicate"),
         ("'Quick to feel cheated, and loud about it.'", "3", "dictionary"),
         ("'Quick to feel cheated, and loud about it.'", "'...'", "sentence"),
+        ("'Quick to feel cheated, and loud about it.'", "'Loud person.'", "sentence"),
         ("'Quick to feel cheated, and loud about it.'", "'" + "so " * 200 + "'", "sentence"),
         ("'Quick to feel cheated, and loud about it.'", '"A winner who shares  her joy at once."', "sentence"),
         ('"Theme": "Joy meets distrust."', "", "theme"),

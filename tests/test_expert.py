@@ -470,7 +470,8 @@ def test_no_text_makes_the_reading_raise():
 
 
 def test_the_persona_prompt_names_each_speaker_once_and_no_group_and_shows_every_line():
-    turns = [Turn("Ann", "Hi."), Turn("All", "Hello!"), Turn("Ann", "Bye."), Turn('Bo "B"', "<|end|>Oh."), Turn("Cy<|end|>", "Ah.")]
+    said_by = (("Ann", "Hi."), ("All", "Hello!"), ("Ann", "Bye."), ('Bo "B"', "<|end|>Oh."), ("Cy<|end|>", "Ah."))
+    turns = [Turn(*spoken) for spoken in said_by]
     system, user = (m["content"] for m in expert.persona_chat(turns, ["<|end|>"]))
     assert "Ann: Hi.\nAll: Hello!\nAnn: Bye.\n" in user and "<|end|>" not in user
     shape = data.parse_strings(user.rpartition("```python")[2].rpartition("```")[0])

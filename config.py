@@ -20,6 +20,16 @@ Switch = Annotated[
         choices=("true", "false"),
     ),
 ]
+Plan = Annotated[
+    str | None,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="[GPUSxGB]",
+        instance_from_str=lambda args: " ".join(args),
+        is_instance=lambda value: value is None or isinstance(value, str),
+        str_from_instance=lambda value: [] if not value else [value],
+    ),
+]
 Pairs = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
 
 
@@ -85,8 +95,13 @@ class Config:
     """false: lambda = 0, plain GRPO; consistency is still logged (Table 2, D27)."""
     self_play: Switch = True
     """false: lines 12-18 are skipped (Table 2, D27)."""
-    cold_start: Literal["self", "dataset", "none"] = "self"
-    """Line 3 learns from the start model's own valid answers, from templates of the gold turns, or not at all (D17)."""
+    cold_start: Literal["self", "dataset", "expert", "none"] = "self"
+    """Line 3 learns from the start model's own valid answers, from templates of the gold turns, from those of --expert, or
+    not at all (D17)."""
+    expert: Pairs = ()
+    """For --cold_start expert: endpoint (https://host/v1) or Hugging Face folder, repeatable (Eq. 4)."""
+    expert_model: Pairs = ()
+    """Model name at an endpoint, one a URL, in order; the key is in the environment: OPENAI_API_KEY."""
     retrain_from: Literal["current", "base"] = "current"
     """Line 18 goes on from the model after RL, or starts from the start model again (D13)."""
     keep_reward: float = 0.6
@@ -103,8 +118,8 @@ class Config:
     """Newest N synthetic samples in the buffer; 0 = all (Table 2, D27)."""
     personas: str = ""
     """JSONL of persona sentences (Eq. 4); without it prompts have none."""
-    persona_scope: Literal["none", "dialogue"] = "none"
-    """Personas of dev and test: none, or from the whole dialogue as in the paper, which looks ahead (D28)."""
+    persona_scope: Literal["none", "context", "dialogue"] = "none"
+    """Personas of dev and test: none, from the context, or from the whole dialogue as the paper, which looks ahead (D28)."""
     prompts: str = ""
     """JSON that replaces the wording of the prompts (D16)."""
     context: Literal["labelled", "all"] = "labelled"
@@ -119,6 +134,8 @@ class Config:
     """RL steps between evaluations on dev (Table 12: test_freq); each stage begins with one anyway."""
     save_every: int = 480
     """Steps between checkpoints (Table 12: save_freq); each stage ends with one anyway."""
+    plan: Plan = None
+    """Print how much memory a run needs, and stop: on this machine, or for example 8x80 for eight GPUs of 80 GB."""
 
 
 PRESETS: Mapping[str, Config] = {
@@ -167,9 +184,10 @@ PRESETS: Mapping[str, Config] = {
         activation_checkpointing=False,
     ),
 }
-MAY_DIFFER = frozenset(  # what a resumed run may change; learning rates, so that a run that met a NaN can go on
-    {"resume", "out", "save_every", "kv_budget", "ref_offload", "activation_checkpointing", "versions"}
-    | {"lr", "cold_start_lr", "sft_lr"}
+# What a resumed run may change; learning rates, so that a run that met a NaN can go on; a server may move.
+MAY_DIFFER = frozenset(
+    {"expert", "resume", "out", "save_every", "kv_budget", "ref_offload", "activation_checkpointing", "versions"}
+    | {"plan", "lr", "cold_start_lr", "sft_lr"}
 )
 
 
@@ -202,6 +220,8 @@ def check(cfg: Config) -> None:
             raise UserError(f"--{name} is {getattr(cfg, name)}: it must be at least {low}{why}")
     if not cfg.temperature > 0 or not all(t >= 0 for t in cfg.eval_temperatures) or not cfg.eval_temperatures:
         raise UserError("--temperature must be above 0 (greedy answers are all equal), --eval_temperatures at least 0")
+    if (cfg.cold_start == "expert") != bool(cfg.expert):
+        raise UserError("--cold_start expert and --expert URL or DIR go together: give both or neither")
 
 
 def pairs(flag: str, values: Sequence[str]) -> dict[str, str]:

@@ -334,7 +334,7 @@ def samples(
                 scope = "dialogue" if d.split == "train" else persona_scope
                 filed = (personas or {}).get({"dialogue": d.key, "context": key}.get(scope, ""), {})
                 # D28: several experts described every speaker, a sample draws one of them.
-                sheet = {name: said[_hash(key) % len(said)] for name, said in filed.items()} | dict(d.personas)
+                sheet = {name: said[stable_hash(key) % len(said)] for name, said in filed.items()} | dict(d.personas)
                 name, kind = _responder(d.turns, i)
                 responder = Responder(name, sheet.get(name or ""), kind)
                 follow = d.turns[i + 1] if kind == "next" else None
@@ -351,7 +351,8 @@ def _responder(turns: Sequence[Turn], i: int) -> tuple[str | None, Literal["next
     return (turns[before[-1]].speaker, "prev") if before else (None, "none")
 
 
-def _hash(text: str) -> int:
+def stable_hash(text: str) -> int:
+    """A number that depends on nothing but the text."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
 
 
@@ -470,31 +471,48 @@ def _fill(template: str, **values: str) -> str:
     return PLACEHOLDER.sub(lambda match: values[match[1]], template)
 
 
-def messages(sample: Sample, prompts: Prompts, control: Iterable[str] = ()) -> list[dict[str, str]]:
+def chat(system: str, user: str) -> list[dict[str, str]]:
+    """The two messages of a prompt."""
+    return [{"role": "system", "content": system}, {"role": "user", "content": user}]
+
+
+def safe(text: str, control: Iterable[str]) -> str:
+    """The text of a dialogue with the texts of control tokens broken up."""
+    for token in control:
+        text = text.replace(token, f"{token[0]} {token[1:]}")
+    return text
+
+
+def history(turns: Iterable[Turn], control: Iterable[str]) -> str:
+    """One `Name: text` a line. The first colon of a line ends the name."""
+    return safe("\n".join(f"{turn.speaker.replace(':', ' ')}: {turn.text}" for turn in turns), control)
+
+
+def messages(sample: Sample, prompts: Prompts, control: Sequence[str] = ()) -> list[dict[str, str]]:
     """System and user message of a sample. `control`: texts of control tokens, broken up where the dialogue has them."""
-
-    def safe(text: str) -> str:
-        for token in control:
-            text = text.replace(token, f"{token[0]} {token[1:]}")
-        return text
-
     who = sample.responder
-    persona = _fill(prompts.persona, persona=safe(who.persona)) if who.persona else ""
-    # The first colon of a line ends the name.
-    history = "\n".join(f"{turn.speaker.replace(':', ' ')}: {turn.text}" for turn in sample.context)
-    name = safe(who.name) if who.name else prompts.listener
+    persona = _fill(prompts.persona, persona=safe(who.persona, control)) if who.persona else ""
+    name = safe(who.name, control) if who.name else prompts.listener
     system = _fill(prompts.system, name=name, persona=persona, labels=", ".join(sample.labels))
-    return [{"role": "system", "content": system}, {"role": "user", "content": _fill(prompts.user, history=safe(history))}]
+    return chat(system, _fill(prompts.user, history=history(sample.context, control)))
+
+
+def control_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    """What `messages` breaks up for this tokenizer, longest first."""
+    return sorted((token for token in tokenizer.get_added_vocab() if len(token.strip()) > 1), key=len, reverse=True)
 
 
 def encode(tokenizer: "PreTrainedTokenizerBase", sample: Sample, prompts: Prompts) -> tuple[list[int], str]:
     """Prompt ids by the tokenizer's own chat template, and the think block that the template leaves open, else ""."""
+    return render(tokenizer, messages(sample, prompts, control_tokens(tokenizer)))
+
+
+def render(tokenizer: "PreTrainedTokenizerBase", made: list[dict[str, str]]) -> tuple[list[int], str]:
+    """`encode` for messages that are made already. Raises `UserError` where there is no chat template."""
     if not tokenizer.chat_template:
         raise UserError(f"{tokenizer.name_or_path}: the tokenizer has no chat template; use a chat (instruct) model")
-    control = sorted((token for token in tokenizer.get_added_vocab() if len(token.strip()) > 1), key=len, reverse=True)
-    chat = messages(sample, prompts, control)
     # A template that does not know enable_thinking ignores it.
-    text = str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, enable_thinking=True))
+    text = str(tokenizer.apply_chat_template(made, tokenize=False, add_generation_prompt=True, enable_thinking=True))
     opened = re.search(r"<think>\s*\Z", text)
     return list(tokenizer.encode(text, add_special_tokens=False)), opened[0] if opened else ""
 
@@ -634,6 +652,30 @@ def _parse(text: str, labels: Sequence[str], finished: bool) -> Output:
     return Output(reasoning=think[1], spans=spans, **found)
 
 
+def parse_strings(text: str) -> dict[str, str] | Failure:
+    """One dictionary of strings and nothing else. Never raises, never evaluates."""
+    found: dict[str, str] = {}
+    scanner = _Scanner(text, 0)
+    try:
+        for key in scanner.entries():
+            if key in found:
+                raise _Broken("duplicate", f"{key[:40]!r} a second time")
+            found[key] = scanner.string()
+        return found if not SIGN.match(text, scanner.position) else Failure("trailing", "text after the dictionary")
+    except _Broken as broken:
+        return Failure(*broken.args)
+
+
+def parse_weights(text: str, labels: Sequence[str]) -> dict[str, float] | Failure:
+    """One dictionary as `last_emotions` and nothing else (D8). Never raises, never evaluates."""
+    scanner = _Scanner(text, 0)
+    try:
+        found = _emotions(scanner, "last_emotions", labels)
+        return found if not SIGN.match(text, scanner.position) else Failure("trailing", "text after the dictionary")
+    except _Broken as broken:
+        return Failure(*broken.args)
+
+
 def format_output(reasoning: str, last_emotions: Weights, my_emotions: Weights, my_output: str) -> str:
     """The canonical text of an answer; `parse_output` gives the parts back. ValueError if the reasoning is not possible."""
     if not clean(reasoning) or "</think>" in reasoning:
@@ -718,7 +760,7 @@ def dataset_target(sample: Sample) -> str | None:
     last, mine = _top(sample.gold), _top(sample.following.label)
     earlier = (emotion for turn in reversed(sample.context[:-1]) for emotion in list(_top(turn.label or {}))[:1])
     second = next((emotion for emotion in earlier if emotion not in last), None)
-    if len(last) == 1 and second and _hash(sample.id) % 2:
+    if len(last) == 1 and second and stable_hash(sample.id) % 2:
         last = {**dict.fromkeys(last, 0.8), second: 0.3}
     reasoning = f"The last speaker shows {' and '.join(last)}. I feel {' and '.join(mine)} and say so."
     return format_output(reasoning, last, mine, sample.following.text)

@@ -13,6 +13,7 @@ Shapes: as in model.py. R ranks that share the weights (all of them, or those of
 import json
 import os
 import re
+import resource
 import shlex
 import sys
 import time
@@ -55,6 +56,11 @@ def launched_rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
+def launched_size() -> int:
+    """`size`, known before the processes have met."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def ranks_here() -> int:
     """Processes on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -79,7 +85,7 @@ def processes() -> Iterator[None]:
         torch.cuda.set_device(device())
     alone: Any = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # type: ignore[attr-defined]
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(hours=2), **alone)  # a rollout of one rank may take that long
+    dist.init_process_group(backend, timeout=timedelta(days=1), **alone)  # ranks wait while one asks an expert
     try:
         yield
         dist.barrier()
@@ -356,3 +362,10 @@ def checkpoint_blocks(policy: Policy) -> None:
 def clip_gradients(policy: Policy, most: float) -> float:
     """Scale gradients down to a norm of `most` over all weights and ranks; returns the norm they had."""
     return float(full(torch.nn.utils.clip_grad_norm_(policy.parameters(), most)))
+
+
+def peak_memory() -> int:
+    """Bytes of memory at most in use so far: of the GPU, or of this process, interpreter included."""
+    if device().type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -159,6 +159,18 @@ class Row:
     logprobs: list[float] = field(default_factory=list)
 
 
+def head_width(config: Any) -> int:
+    """Width D of an attention head."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def cache_bytes(config: Any, element_size: int, size: Size) -> int:
+    """Bytes of keys and values with a capacity, counting the layer that is being moved while the cache grows."""
+    slots, S, rows, T = size
+    token = 2 * config.num_key_value_heads * head_width(config) * element_size
+    return int((config.num_hidden_layers + 1) * token * (slots * S + rows * T))
+
+
 class GroupCache:
     """Keys and values of every layer: `prompt` [slots, K, S, D] once a group, `answer` [rows, K, T, D] beside them.
 
@@ -167,10 +179,11 @@ class GroupCache:
 
     def __init__(self, lm: PreTrainedModel) -> None:
         """An empty cache for the shapes of `lm`."""
-        config: Any = lm.config
+        self.config: Any = lm.config
+        config = self.config
         self.layers: int = config.num_hidden_layers
         self.K: int = config.num_key_value_heads
-        self.D: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.D: int = head_width(config)
         self.like = next(lm.parameters())
         self.size = (0, 0, 0, 0)  # slots, S, rows, T
         self.prompt = [(self.zeros(0, 0), self.zeros(0, 0)) for _ in range(self.layers)]
@@ -182,9 +195,7 @@ class GroupCache:
 
     def cost(self, size: Size) -> int:
         """Bytes at most held with this capacity, counting the layer that is being moved while the cache grows."""
-        slots, S, rows, T = size
-        token = 2 * self.K * self.D * self.like.element_size()
-        return (self.layers + 1) * token * (slots * S + rows * T)
+        return cache_bytes(self.config, self.like.element_size(), size)
 
     def resize(self, size: Size) -> None:
         """Move to a new capacity, keeping what fits, one layer at a time."""

@@ -461,6 +461,11 @@ class Learner:
     optimizer: torch.optim.Optimizer
     reference: Policy | None
 
+    def apply(self) -> None:
+        """One optimizer step; the next rollout gets the gradients' memory."""
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
 
 def stage_steps(
     run: Run, policy: Policy, stage: int, total: int, make: Callable[[], Learner], save_every: int

@@ -31,12 +31,16 @@ from torch.nn.utils.rnn import pad_sequence
 
 import data
 import evaluate
+import expert
 import metrics
 import toy
+from asking import open_experts
+from batches import answers_of, micro_batches, tokens_of
 from config import MAY_DIFFER, PRESETS, Config, parse
 from data import Output, Sample, UserError
 from grpo import advantages, clamped_share, consistency, core_emotions, low_var_kl, policy_loss, reward, token_weights
 from model import Group, Policy, quiet_transformers
+from plan import plan
 from ranks import (
     PeerLost,
     announce,
@@ -45,6 +49,7 @@ from ranks import (
     exchange,
     gathered,
     open_policy,
+    peak_memory,
     processes,
     rank,
     relaunch,
@@ -168,7 +173,7 @@ def update(
         ids = [scored[p].sample.id for p in minis]
         parts.append(mini_batch(policy, learner, [scored[p] for p in minis], Scores(old[rows], ref[rows]), cfg))
         check_finite(parts[-1], t, ids)
-        learner.optimizer.step()
+        learner.apply()
         run.count_update()
     records = [group_record(s, step=t, iteration=k, lam=world.lam(t), version=version) for s in scored]
     values = {
@@ -178,6 +183,7 @@ def update(
         **({} if cold is None else {"policy/kl_cold_start": metrics.kl(old, cold)}),
         "lam": world.lam(t),
         "time/update_s": time.monotonic() - started,
+        "memory/peak_gb": peak_memory() / 1e9,
     }
     run.append(f"rollouts/iteration-{k}.jsonl", records)
     run.say(progress_line(t, world.cfg.iterations * world.S, run.log("rl", k, values, t)))
@@ -198,7 +204,6 @@ def mini_batch(
     weight_BT = token_weights(lengths, cfg.loss_mean, max(lengths)).to(policy.device)
     truncated_B = torch.tensor([not answer.finished for s in scored for answer in s.answers], device=policy.device)
     adv_B = torch.tensor([a for s in scored for a in s.advantages], dtype=torch.float64, device=policy.device)
-    learner.optimizer.zero_grad(set_to_none=True)
     parts = list(micro_batches([s.group for s in scored], cfg.micro_batch))
     ends = list(itertools.accumulate(answers_of(part) for part in parts))
     sums: dict[int, dict[str, float]] = {}
@@ -226,32 +231,6 @@ def mini_batch(
 MAX_GRAD_NORM = 1.0
 COLD_START_WEIGHTS = "cold_start"
 ADAMW: Mapping[str, Any] = {"betas": (0.9, 0.999), "weight_decay": 0.01}
-
-
-def micro_batches(groups: Sequence[Group], size: int) -> Iterator[list[Group]]:
-    """Groups in their order, at most `size` answers at once; a group that is larger is cut and its prompt repeated."""
-    part: list[Group] = []
-    room = size
-    for group in groups:
-        answers = list(group.answers)
-        while answers:
-            if room == 0 or (part and room < min(len(answers), size)):
-                yield part
-                part, room = [], size
-            part.append(Group(group.prompt_ids, answers[:room]))
-            answers, room = answers[room:], room - len(part[-1].answers)
-    if part:
-        yield part
-
-
-def answers_of(part: Sequence[Group]) -> int:
-    """Answers in a micro-batch."""
-    return sum(len(group.answers) for group in part)
-
-
-def tokens_of(part: Sequence[Group]) -> int:
-    """Tokens that a micro-batch computes."""
-    return sum(len(ids) for group in part for ids in (group.prompt_ids, *group.answers))
 
 
 @torch.no_grad()
@@ -325,7 +304,7 @@ def cold_examples(run: Run, world: World, policy: Policy) -> list[Example]:
     path = run.out / "cold_start.jsonl"
 
     def make() -> str:
-        makers = {"self": own_answers, "dataset": templates}
+        makers = {"self": own_answers, "dataset": templates, "expert": expert_answers}
         examples = makers[world.cfg.cold_start](world, policy) if world.cfg.cold_start in makers else []
         run.say(f"cold start ({world.cfg.cold_start}): {len(examples)} answers to {len(world.originals)} prompts")
         return "".join(json.dumps(asdict(x)) + "\n" for x in examples)
@@ -349,15 +328,20 @@ def own_answers(world: World, policy: Policy) -> list[Example]:
 
 def templates(world: World, policy: Policy) -> list[Example]:
     """Gold, the real next turn and its label in a template: teaches the format to a small model."""
-    stop = min(world.eos)
     examples = []
     for sample in world.originals:
         target = data.dataset_target(sample)
         if target is not None:
             prompt, prefix = world.encode(sample)
             ids = world.tokenizer(target.removeprefix(prefix), add_special_tokens=False)["input_ids"]
-            examples.append(Example(sample.id, tuple(prompt), (*ids, stop)))
+            examples.append(Example(sample.id, tuple(prompt), (*ids, world.stop)))
     return [x for x in examples if len(x.ids) <= world.cfg.max_new_tokens]
+
+
+def expert_answers(world: World, policy: Policy) -> list[Example]:
+    """The expert's answers that keep the rule: the row "w/ COLD" of Table 2."""
+    found = expert.cold_start_answers(world) if rank() == 0 else []  # asked, and paid for, once
+    return [Example(s.id, tuple(world.encode(s)[0]), ids) for s, ids in found]
 
 
 def retrain(run: Run, world: World, policy: Policy, buffer: Buffer, k: int) -> None:
@@ -388,7 +372,7 @@ def sft(run: Run, world: World, policy: Policy, stage: int, examples: Sequence[E
         batch = order[step * cfg.sft_batch : (step + 1) * cfg.sft_batch]
         values = sft_step(policy, learner, batch, cfg)
         check_finite(values, step, [x.sample_id for x in batch])
-        learner.optimizer.step()
+        learner.apply()
         run.count_update()
         run.log("sft", stage // 2, values, step)
 
@@ -397,7 +381,6 @@ def sft_step(policy: Policy, learner: Learner, batch: Sequence[Example], cfg: Co
     """Gradient of the mean negative log-prob of the tokens of a batch."""
     lengths = [len(x.ids) for x in batch]
     weight_BT = token_weights(lengths, "token", max(lengths)).to(policy.device)
-    learner.optimizer.zero_grad(set_to_none=True)
     parts = list(micro_batches([Group(x.prompt_ids, [x.ids]) for x in batch], cfg.micro_batch))
     losses: dict[int, float] = {}
     for i, scale in turns([tokens_of(part) for part in parts]):
@@ -556,6 +539,8 @@ def train(cfg: Config) -> None:
             toy.build()
         wait()
     quiet_transformers()
+    if cfg.cold_start == "expert" and not (Path(cfg.out) / "cold_start.jsonl").exists():
+        open_experts(cfg.expert, cfg.expert_model)  # what is wrong there is said before anything is written
     world = open_world(cfg)
     settings = {**asdict(cfg), "S": world.S, "T": cfg.iterations * world.S, "versions": versions()}
     policy = open_policy(cfg.model, activation_checkpointing=cfg.activation_checkpointing)
@@ -583,6 +568,9 @@ def main(argv: Sequence[str]) -> int:
     again = relaunch(argv)
     try:
         cfg = parse(argv)
+        if cfg.plan is not None:
+            announce(plan(cfg))
+            return 0
         with processes():
             train(cfg)
     except UserError as error:

@@ -60,6 +60,12 @@ class World:
         return len(self.encode(sample)[0]) <= self.cfg.max_prompt_tokens
 
     @property
+    def stop(self) -> int:
+        """The stop token that ends a turn of the chat template: the tokenizer's own (Qwen3 has a second one for texts)."""
+        own = self.tokenizer.eos_token_id
+        return own if own in self.eos else min(self.eos)
+
+    @property
     def S(self) -> int:
         """RL steps an iteration (D7)."""
         return self.cfg.steps or math.ceil(len(self.originals) / self.cfg.batch_prompts)
@@ -172,6 +178,10 @@ def open_world(cfg: Config) -> World:
         dropped = len(samples) - len(fitting[split])
         announce(f"{split}: {len(fitting[split])} samples" + f", {dropped} over --max_prompt_tokens dropped" * (dropped > 0))
     announce(shares(fitting["train"]))
+    described = sum(sample.responder.persona is not None for sample in fitting["train"])
+    if cfg.personas or not described:
+        none = "no personas given: prompts describe nobody (Eq. 4: python expert.py personas, then --personas)"
+        announce(f"personas: {described} of {len(fitting['train'])} training prompts have one" if cfg.personas else none)
     if all(len(sample.gold) == 1 for sample in fitting["train"]):
         announce("gold is one label a sample: answers that all name it alone leave Eq. 12 nothing to compare (D14)")
     return replace(world, originals=fitting["train"], dev=fitting["dev"], test=fitting["test"])

@@ -138,7 +138,7 @@ def lines(path):
 
 def results(out):
     """What a run that was stopped must share with one that was not: everything but clocks and folder names."""
-    clocks = re.compile(r"time/|rollout/tokens_per_s")
+    clocks = re.compile(r"time/|memory/|rollout/tokens_per_s")
     found = {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*.jsonl") if p.name != "metrics.jsonl"}
     found |= {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*.safetensors")}
     found["metrics"] = [{k: v for k, v in m.items() if not clocks.match(k)} for m in lines(out / "metrics.jsonl")]

@@ -167,7 +167,7 @@ def numbers(out):
     found = {}
     for i, line in enumerate(lines(out / "metrics.jsonl")):
         for name, value in line.items():
-            if not name.startswith("time/") and name != "rollout/tokens_per_s" and isinstance(value, int | float):
+            if not name.startswith(("time/", "memory/", "rollout/tokens")) and isinstance(value, int | float):
                 found[i, name] = value
     return found
 

@@ -204,6 +204,7 @@ def mini_batch(
     weight_BT = token_weights(lengths, cfg.loss_mean, max(lengths)).to(policy.device)
     truncated_B = torch.tensor([not answer.finished for s in scored for answer in s.answers], device=policy.device)
     adv_B = torch.tensor([a for s in scored for a in s.advantages], dtype=torch.float64, device=policy.device)
+    learner.optimizer.zero_grad(set_to_none=True)
     parts = list(micro_batches([s.group for s in scored], cfg.micro_batch))
     ends = list(itertools.accumulate(answers_of(part) for part in parts))
     sums: dict[int, dict[str, float]] = {}
@@ -381,6 +382,7 @@ def sft_step(policy: Policy, learner: Learner, batch: Sequence[Example], cfg: Co
     """Gradient of the mean negative log-prob of the tokens of a batch."""
     lengths = [len(x.ids) for x in batch]
     weight_BT = token_weights(lengths, "token", max(lengths)).to(policy.device)
+    learner.optimizer.zero_grad(set_to_none=True)
     parts = list(micro_batches([Group(x.prompt_ids, [x.ids]) for x in batch], cfg.micro_batch))
     losses: dict[int, float] = {}
     for i, scale in turns([tokens_of(part) for part in parts]):

@@ -22,13 +22,14 @@ from tiny import answer_logprobs, gradients, tiny
 from torch.testing import assert_close
 
 import audit
+import batches
 import data
 import selfemo
 from config import Config
 from data import DEFAULT, Failure, Output, Responder, Sample, Selection, Turn, UserError
 from model import Group, Policy
 from runs import Learner, Position, ScoredGroup, weights
-from selfemo import Example, Scores, micro_batches, mini_batch
+from selfemo import Example, Scores, mini_batch
 from world import Answer, Buffer, Kept, World, open_world
 
 
@@ -258,7 +259,7 @@ def groups_of(*sizes):
 
 
 def cut(groups, size):
-    return [[(g.prompt_ids[0], [a[0] for a in g.answers]) for g in part] for part in micro_batches(groups, size)]
+    return [[(g.prompt_ids[0], [a[0] for a in g.answers]) for g in part] for part in batches.micro_batches(groups, size)]
 
 
 @pytest.mark.parametrize(
@@ -284,6 +285,16 @@ def test_micro_batches_hold_every_answer_once_and_in_order(sizes, most):
     assert all(1 <= sum(len(answers) for _, answers in part) <= most for part in parts)
     owner = {n: g.prompt_ids[0] for g in groups for (n,) in g.answers}
     assert all(owner[n] == prompt for part in parts for prompt, answers in part for n in answers)
+
+
+def test_micro_batches_hold_only_so_many_tokens():
+    """A prompt of 3 and answers of 4: two of them are 11 tokens, the third begins anew with its prompt. An answer that
+    does not fit at all goes alone."""
+    groups = [Group([7, 7, 7], [[1] * 4, [2] * 4, [3] * 4]), Group([8], [[4] * 50])]
+    parts = list(batches.micro_batches(groups, 16, 11))
+    assert [[(len(g.prompt_ids), len(g.answers)) for g in part] for part in parts] == [[(3, 2)], [(3, 1)], [(1, 1)]]
+    assert [batches.tokens_of(part) for part in parts] == [11, 7, 51]
+    assert [batches.answers_of(part) for part in parts] == [2, 1, 1]
 
 
 # One mini-batch
@@ -632,6 +643,15 @@ def test_d17_dataset_teaches_gold_and_the_real_next_turn(opened_place):
         assert list(x.prompt_ids) == w.encode(by_id[x.sample_id])[0]
         assert text_of(w, x) == data.dataset_target(by_id[x.sample_id])
     assert selfemo.templates(replace(w, cfg=replace(w.cfg, max_new_tokens=5)), policy) == []
+
+
+def test_a_target_ends_with_the_stop_token_of_the_chat(opened_place):
+    """Qwen3 names two, 151645 of the chat and 151643 of plain text: the lower number is not the one to learn."""
+    w, policy = opened_place
+    own = w.tokenizer.eos_token_id
+    assert own > 0
+    two = replace(w, eos=frozenset({0, own}), cfg=replace(w.cfg, max_new_tokens=60))
+    assert {x.ids[-1] for x in selfemo.templates(two, policy)} == {own}
 
 
 def test_d17_none_learns_nothing(place, tmp_path):

@@ -1,0 +1,153 @@
+"""The memory plan: counted parameters, counted activations, and whether it says what to change."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import call
+from tiny import tiny
+from transformers import LlamaConfig
+
+import plan
+from config import PRESETS
+from data import UserError
+from model import Group, Policy
+from plan import Place, estimate, kept_bytes, place_of, sizes_of
+
+PAPER = replace(PRESETS["paper"], max_prompt_tokens=64, max_new_tokens=64)  # short, so that counting takes no time
+EIGHT = Place(8, 80 * 10**9, gpu=True, sharded=True)
+
+
+@pytest.mark.parametrize(("text", "count", "memory"), [("8x80", 8, 80e9), ("1x141GB", 1, 141e9), ("2x79.5", 2, 79.5e9)])
+def test_a_place_is_gpus_by_gigabytes(text, count, memory):
+    assert place_of(text) == Place(count, int(memory), gpu=True, sharded=True)
+
+
+@pytest.mark.parametrize("text", ["8", "8x", "x80", "0x80", "8x0", "8 80", "eightx80"])
+def test_other_words_are_a_users_mistake(text):
+    with pytest.raises(UserError, match="8x80"):
+        place_of(text)
+
+
+def test_this_machine_without_a_gpu_is_one_rank_in_float32(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    here = place_of("")
+    assert (here.ranks, here.gpu, here.sharded, here.c) == (1, False, False, 4)
+    assert here.memory > 10**9
+
+
+@pytest.mark.parametrize(
+    ("model", "parameters", "rest"),
+    [
+        ("Qwen/Qwen3-8B", 8_190_735_360, 2 * 151_936 * 4096 + 4096),  # embeddings, head, final norm
+        ("Qwen/Qwen3-4B", 4_022_468_096, 151_936 * 2560 + 2560),  # head and embeddings are one
+    ],
+)
+def test_the_papers_models_have_their_published_sizes(model, parameters, rest):
+    sizes = sizes_of(plan.config_of(model))
+    assert (sizes.all, sizes.rest, sizes.layers) == (parameters, rest, 36)
+    assert sizes.block * 36 == parameters - rest
+
+
+def test_qwen3_8b_on_eight_gpus_by_hand():
+    """N = 8,190,735,360 over 8: float32 weights 4N/8, moments 8N/8, bf16 copy 2N; the reference is in main memory, 4N in
+    all. Gathered: rest R = 1,244,663,808 and two blocks b = 192,946,432: 2 (R + 2b) + (2 + 4) R."""
+    made = estimate(PAPER, plan.config_of("Qwen/Qwen3-8B"), EIGHT)
+    assert made.held == {
+        "weights (float32)": 4_095_367_680, "AdamW's moments": 8_190_735_360, "rollout copy": 16_381_470_720,
+    }  # fmt: skip
+    assert made.host == {"reference (offloaded)": 32_762_941_440}
+    assert made.learning["gradients"] == 4_095_367_680
+    assert made.learning["gathered weights"] == 2 * (1_244_663_808 + 2 * 192_946_432) + 6 * 1_244_663_808
+
+
+def test_a_reference_that_is_not_offloaded_is_on_the_device():
+    made = estimate(replace(PAPER, ref_offload=False), plan.config_of("Qwen/Qwen3-8B"), EIGHT)
+    assert made.held["reference"] == 4_095_367_680
+    assert made.host == {}
+
+
+def test_keys_and_values_stay_within_the_budget():
+    """Half of the device unless --kv_budget says otherwise; 256 rows of 8192 tokens would need more."""
+    long = replace(PAPER, max_new_tokens=8192)
+    config = plan.config_of("Qwen/Qwen3-8B")
+    assert plan.kv_bytes(long, config, EIGHT) == 40 * 10**9
+    assert plan.kv_bytes(replace(long, kv_budget=10**9), config, EIGHT) == 10**9
+
+
+def test_keys_and_values_of_a_short_rollout_by_hand():
+    """8 prompts of 64 tokens, 8 answers each of 64; one layer more than 36 is counted while the cache grows. A token:
+    2 x 8 heads x 128 x 2 bytes = 4096. The evaluation, one answer to each of 256 prompts, needs more:
+    37 x 4096 x (256 x 64 + 256 x 64) = 4,966,055,936."""
+    assert plan.kv_bytes(PAPER, plan.config_of("Qwen/Qwen3-8B"), EIGHT) == 4_966_055_936
+
+
+def saved_for_backward(policy, groups):
+    """Bytes that autograd really keeps, each storage once."""
+    weights = {p.untyped_storage()._cdata for p in policy.parameters()}
+    kept = {}
+
+    def keep(x):
+        kept[x.untyped_storage()._cdata] = x.untyped_storage()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        policy(groups)
+    return sum(storage.nbytes() for key, storage in kept.items() if key not in weights)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "llama"])
+def test_fake_tensors_keep_what_real_ones_keep(kind):
+    lm = tiny(kind, dtype="float32").float()
+    for module in lm.modules():
+        module.__dict__.pop("forward", None)  # transformers' own norms, as in a run
+    groups = [Group([1] * 30, [[2] * 20] * 4), Group([1] * 10, [[2] * 7])]
+    expected = saved_for_backward(Policy(lm), groups)
+    assert kept_bytes(lm.config, 2, groups, Place(1, 10**9, gpu=False, sharded=False)) == expected > 0
+
+
+def test_checkpointing_keeps_one_block_and_the_inputs_of_all():
+    """With 100 blocks the inputs are what grows: one float32 vector of 64 a token and block."""
+    shape = dict(hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2, vocab_size=99)
+    place = Place(1, 10**9, gpu=False, sharded=False)
+    cfg = replace(PAPER, micro_batch=8)
+    few, many = (plan.activation_bytes(cfg, LlamaConfig(**shape, num_hidden_layers=n), place) for n in (10, 110))
+    assert many - few == 100 * (64 + 8 * 64) * 64 * 4
+    off = replace(cfg, activation_checkpointing=False)
+    assert plan.activation_bytes(off, LlamaConfig(**shape, num_hidden_layers=10), place) > 3 * few
+
+
+def test_what_does_not_fit_is_told_what_to_change():
+    """Of 1.2 GB, .2 hold weights and moments and .56 the logits of 256 rows: half of it for keys and values is too much,
+    a quarter is not."""
+    shape = dict(hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=4, num_hidden_layers=40)
+    config = LlamaConfig(**shape, vocab_size=100_000)
+    place = Place(1, 12 * 10**8, gpu=True, sharded=True)
+    cfg = replace(PAPER, max_new_tokens=512)
+    made = estimate(cfg, config, place)
+    lines = plan.advice(cfg, config, made)
+    assert not made.fits
+    assert lines[0].startswith("does not fit: ")
+    assert lines[1].startswith("  --kv_budget 300000000: peak ") and lines[1].endswith(" GB, fits")
+    assert len(lines) == 2
+
+
+def test_the_command_prints_the_plan_and_writes_nothing(place, tmp_path):
+    status, said, complained = call([*place.argv(tmp_path / "run"), "--plan", "2x24"])
+    assert (status, complained) == (0, "")
+    assert "2 x 24 GB" in said and "peak" in said and said.rstrip().endswith("fits")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_without_a_place_speaks_of_this_machine(place, tmp_path):
+    status, said, _ = call([*place.argv(tmp_path / "run"), "--plan"])
+    assert status == 0
+    assert "1 x " in said and "float32" in said
+
+
+@pytest.mark.parametrize(("more", "heard"), [(["--plan", "lots"], "8x80"), (["--model", "/nowhere", "--plan"], "/nowhere")])
+def test_a_plan_that_cannot_be_made_is_one_line(place, tmp_path, more, heard):
+    status, _, complained = call([*place.argv(tmp_path / "run"), *more])
+    assert status == 2
+    assert complained.startswith("error: ") and complained.count("\n") == 1
+    assert heard in complained

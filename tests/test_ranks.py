@@ -125,6 +125,7 @@ def whole_run(argv, dtype, log):
         stack.enter_context(contextlib.redirect_stdout(file))
         stack.enter_context(contextlib.redirect_stderr(file))
         stack.enter_context(mock.patch("torch.cuda.is_available", return_value=False))
+        stack.enter_context(mock.patch("model.HEAD_BYTES", 4 * 60 * 8))  # chunks of the head of some eight tokens
         if dtype == "float64":
             stack.enter_context(mock.patch("selfemo.open_policy", in_float64))
             build = ranks.on_meta

@@ -4,8 +4,8 @@
     python -m tools.ablate --preset toy --seeds 3 --out runs/ablate --rows full no_self_emo -- --n 4
 
 Flags after `--` go to every run. Each run is a folder DIR/<row>-<seed> with its log beside it. The same command goes on
-where it was stopped: finished runs are left as they are, broken ones continue from their checkpoint. The table is also written
-to DIR/ablate.json, which `tools.report` shows.
+where it was stopped: finished runs stay as they are, broken ones continue from their checkpoint. The table is also
+written to DIR/ablate.json, which `tools.report` shows.
 """
 
 import fcntl
@@ -166,8 +166,9 @@ def run_all(jobs: Sequence[Job], at_once: int) -> list[str]:
     try:
         while waiting or going:
             while waiting and len(going) < at_once:
-                print(f"{waiting[0].folder.name}: started", flush=True)
-                going[start(waiting[0])] = (waiting.popleft(), time.monotonic())
+                job = waiting.popleft()
+                print(f"{job.folder.name}: started", flush=True)
+                going[start(job)] = (job, time.monotonic())
             time.sleep(0.2)
             for process in [p for p in going if p.poll() is not None]:
                 job, began = going.pop(process)
@@ -304,8 +305,8 @@ def ablate(args: Ablate, extra: Sequence[str]) -> int:
     records = collected(jobs)
     skipped = {row.title: row.skip for row in rows if row.skip}
     settings = {"preset": args.preset, "flags": list(extra), "seeds": args.seeds, "failed": failed, "skipped": skipped}
-    write_atomically(args.out / "ablate.json", json.dumps({**settings, "rows": records}, indent=1) + "\n")
     lines = table(records)
+    write_atomically(args.out / "ablate.json", json.dumps({**settings, "rows": records, "table": lines}, indent=1) + "\n")
     print(markdown(lines) if args.markdown else text(lines))
     return 0 if all(len(record["seeds"]) == args.seeds for record in records) else 1
 

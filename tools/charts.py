@@ -72,13 +72,17 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """What a chart shows, before it has a size: places on the time axis with their names, and lines over them."""
+    """What a chart shows, before it has a size: places on the time axis with their names, and lines over them.
+
+    `parts`: one number a place; a line is not drawn between places of different parts.
+    """
 
     id: str
     title: str
     text: str
     places: tuple[float, ...]
     names: tuple[str, ...]
+    parts: tuple[int, ...]
     series: tuple[Series, ...]
 
     def rows(self) -> list[list[str]]:
@@ -101,10 +105,10 @@ class Chart:
 
 @dataclass(frozen=True)
 class Line:
-    """One drawn line: points in the drawing, and what each says where there are few enough to point at."""
+    """One drawn line: points in the drawing, part by part, and what each says where there are few enough to point at."""
 
     name: str
-    path: str
+    paths: tuple[str, ...]
     dots: tuple[tuple[float, float, str], ...]
 
 
@@ -134,10 +138,13 @@ def draw(chart: Chart, time: Timeline) -> Drawing:
 
     lines = []
     for s in chart.series:
-        pairs = zip(chart.places, chart.names, s.values, strict=True)
-        dots = [(x(place), y(v), f"{s.name}, {name}: {v:.4g}") for place, name, v in pairs if v is not None]
-        path = " ".join(f"{a:g},{b:g}" for a, b, _ in dots)
-        lines.append(Line(s.name, path, tuple(dots) if len(dots) <= 60 else ()))
+        points = list(zip(chart.parts, chart.places, chart.names, s.values, strict=True))
+        dots = [(x(place), y(v), f"{s.name}, {name}: {v:.4g}") for _, place, name, v in points if v is not None]
+        paths = (
+            " ".join(f"{x(place):g},{y(v):g}" for own, place, _, v in points if own == part and v is not None)
+            for part in dict.fromkeys(chart.parts)
+        )
+        lines.append(Line(s.name, tuple(filter(None, paths)), tuple(dots) if len(dots) <= 60 else ()))
     stages = [(x(s.first), round(x(s.last) - x(s.first), 1), s.name) for s in time.stages()]
     return Drawing(
         chart,
@@ -174,6 +181,7 @@ def thinned(chart: Chart) -> Chart:
         f"{chart.text} Each point is the mean of {size} steps.",
         tuple(sum(chart.places[part]) / len(chart.places[part]) for part in parts),
         tuple(a if a == b else f"{a} to {b}" for a, b in ends),
+        tuple(chart.parts[part][0] for part in parts),
         tuple(Series(s.name, tuple(average(s.values[part]) for part in parts)) for s in chart.series),
     )
 

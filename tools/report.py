@@ -71,7 +71,8 @@ def chart(key: str, heading: str, text: str, names: Mapping[str, str], lines: Li
     """A chart over RL steps or evaluations; `names`: metric -> line. Metrics that were never measured are left out."""
     at, found = tuple(place(x, time) for x in lines), {m: name for m, name in names.items() if any(m in x for x in lines)}
     series = tuple(Series(name, tuple(x.get(metric) for x in lines)) for metric, name in found.items())
-    return Chart(key, heading, text, at, tuple(x.get("when", f"step {x['step'] + 1}") for x in lines), series)
+    words = tuple(x.get("when", f"step {x['step'] + 1}") for x in lines)
+    return Chart(key, heading, text, at, words, tuple(x["iteration"] * (x["phase"] == "rl") for x in lines), series)
 
 
 def place(line: Record, time: Timeline) -> float:
@@ -203,7 +204,7 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Pick:
-    """A kind of group to show: the one with the greatest `rank` among those for which it is not None."""
+    """A kind of group to show: the last of greatest `rank`, among those for which it is not None."""
 
     title: str
     text: str
@@ -215,9 +216,9 @@ def rewards(record: Record) -> list[float]:
     return [answer["reward"] for answer in record["answers"]]
 
 
-def spread(record: Record) -> float:
-    """Best less worst reward of a group."""
-    return max(rewards(record)) - min(rewards(record))
+def variety(record: Record) -> int:
+    """How many different rewards a group has."""
+    return len(set(rewards(record)))
 
 
 def refused(record: Record) -> float | None:
@@ -226,8 +227,8 @@ def refused(record: Record) -> float | None:
 
 
 PICKS = (
-    Pick("Selected", "Its best answer was kept and became a new sample (Eq. 7). Of these groups the one with the widest "
-         "spread of rewards.", lambda r: spread(r) if r["selected"] is not None else None),
+    Pick("Selected", "Its best answer was kept and became a new sample (Eq. 7). Of these groups the one with the most "
+         "different rewards.", lambda r: variety(r) if r["selected"] is not None else None),
     Pick("Refused", "Nothing of it was kept. Of these groups the one that came closest.", refused),
     Pick("Best", "The highest mean reward of a group whose answers still differ.",
          lambda r: mean(rewards(r)) if not flat(r, "reward") else None),
@@ -235,8 +236,8 @@ PICKS = (
          lambda r: -mean(rewards(r)) if not flat(r, "reward") else None),
     Pick("Consistency at work", "Where Eq. 12 moves advantages most: lambda times the spread of consistencies.",
          lambda r: r["lam"] * (max(a["consistency"] for a in r["answers"]) - min(a["consistency"] for a in r["answers"]))),
-    Pick("Self-play", "A prompt that the model made itself. Of these groups the one with the widest spread of rewards.",
-         lambda r: spread(r) if r["origin"] == "synthetic" else None),
+    Pick("Self-play", "A prompt that the model made itself. Of these groups the one with the most different rewards.",
+         lambda r: variety(r) if r["origin"] == "synthetic" else None),
     Pick("Nothing to compare", "All answers earn the same, so the first term of Eq. 13 is 0.",
          lambda r: mean(rewards(r)) if flat(r, "reward") else None),
 )  # fmt: skip
@@ -244,7 +245,7 @@ PICKS = (
 WHY = {
     "kept": "the best answer became a new sample",
     "rule": "no answer keeps the rule",
-    "reward": "the best reward is below --keep_reward",
+    "reward": "the best reward is too low",
     "label": "less than half of what the answer feels is in the label set",
     "responder": "nobody can answer next",
     "length": "the new prompt would be too long",
@@ -278,14 +279,14 @@ class Rollouts:
                 self.confusion.setdefault((name, record["dataset"]), Counter()).update(pairs)
         for pick in PICKS:
             rank = pick.rank(record)
-            if rank is not None and rank > self.picked.get(pick.title, (-math.inf,))[0]:
+            if rank is not None and rank >= self.picked.get(pick.title, (-math.inf,))[0]:
                 self.picked[pick.title] = (rank, record)
 
     def matrices(self) -> list[Matrix]:
         """Confusion of every dataset, early and late."""
-        words = {"early": span(self.early), "late": span(self.late)}
+        steps = {"early": self.early, "late": self.late}
         return [
-            Matrix(f"{dataset}, {words[name]}", self.labels[dataset], counts)
+            Matrix(f"{dataset}, {span(steps[name])}", self.labels[dataset], counts)
             for (name, dataset), counts in sorted(self.confusion.items(), key=lambda pair: (pair[0][1], pair[0][0]))
         ]
 

@@ -191,8 +191,12 @@ def environment():
     return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
+def made(argv):
+    return subprocess.run(argv, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+
+
 def test_two_rows_with_two_seeds_go_on_after_a_kill(place, tmp_path):
-    """The first run is killed in its RL stage, then the second command makes what is missing; the third one only shows it."""
+    """The first run is killed in its RL stage; the second command makes what is missing; the third one only shows it."""
     out = tmp_path / "ablate"
     first = subprocess.Popen(command(place, out), cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
@@ -205,11 +209,12 @@ def test_two_rows_with_two_seeds_go_on_after_a_kill(place, tmp_path):
     assert sorted(path.name for path in out.glob("*-?")) == ["full-0", "full-1", "no_self_emo-0", "no_self_emo-1"]
     untouched = results(out / "full-1")
 
-    second = subprocess.run(command(place, out, "--markdown"), cwd=ROOT, env=environment(), capture_output=True, text=True)
+    second = made(command(place, out, "--markdown"))
     assert second.returncode == 0, second.stderr
     assert "full-0: started" in second.stdout and second.stdout.count("started") == 1
     assert results(out / "full-1") == untouched
-    assert [line.split(" | ")[:2] for line in second.stdout.splitlines()[-2:]] == [["| SELF-EMO", "2"], ["| w/o SELF-EMO", "2"]]
+    table = [line.split(" | ")[:2] for line in second.stdout.splitlines()[-2:]]
+    assert table == [["| SELF-EMO", "2"], ["| w/o SELF-EMO", "2"]]
     found = json.loads((out / "ablate.json").read_text())
     assert (found["failed"], found["skipped"], found["seeds"]) == ([], {}, 2)
     full, plain = found["rows"]
@@ -221,8 +226,9 @@ def test_two_rows_with_two_seeds_go_on_after_a_kill(place, tmp_path):
     assert place.run(tmp_path / "whole", "--preset", "toy", "--eval_every", 9)[0] == 0
     assert results(tmp_path / "whole") == results(out / "full-0")
 
-    third = subprocess.run(command(place, out, "--show"), cwd=ROOT, env=environment(), capture_output=True, text=True)
-    assert third.returncode == 0 and "started" not in third.stdout and third.stdout.splitlines()[-1].startswith("w/o SELF-EMO")
+    third = made(command(place, out, "--show"))
+    assert third.returncode == 0 and "started" not in third.stdout
+    assert third.stdout.splitlines()[-1].startswith("w/o SELF-EMO")
 
 
 def test_a_users_mistake_is_one_line(place, tmp_path, capsys):

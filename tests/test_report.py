@@ -31,14 +31,14 @@ def test_a_line_without_change_has_an_axis(value):
 
 
 def test_where_things_lie_in_time():
-    """S = 10, K = 2: the cold start takes 4, each fine-tuning 4: 0-4 cold, 4-14 RL 1, 14-18 SFT 1, 18-28 RL 2, 28-32 SFT 2."""
+    """S = 10, K = 2. Cold start and each fine-tuning take 4: RL 1 lies at 4-14, RL 2 at 18-28, and 32 is the end."""
     time = Timeline(10, 2)
     assert (time.slot, time.length) == (4.0, 32.0)
     assert [(s.name, s.first, s.last) for s in time.stages()] == [
         ("cold", 0, 4), ("RL 1", 4, 14), ("SFT 1", 14, 18), ("RL 2", 18, 28), ("SFT 2", 28, 32),
     ]  # fmt: skip
-    when = [("start", 0, 0), ("after the cold start", 1, 0), ("RL step 5", 1, 5), ("after RL 1", 1, 10), ("after SFT 1", 2, 10),
-            ("RL step 15", 2, 15), ("after RL 2", 2, 20), ("after SFT 2", 2, 20)]  # fmt: skip
+    when = [("start", 0, 0), ("after the cold start", 1, 0), ("RL step 5", 1, 5), ("after RL 1", 1, 10),
+            ("after SFT 1", 2, 10), ("RL step 15", 2, 15), ("after RL 2", 2, 20), ("after SFT 2", 2, 20)]  # fmt: skip
     assert [time.evaluation(*w) for w in when] == [0, 4, 9, 14, 18, 23, 28, 32]
     assert time.ticks() == [(4, "0"), (14, "10"), (18, "10"), (28, "20")]
 
@@ -76,8 +76,9 @@ def test_long_lines_are_averaged():
 
 HEALTHY = {
     "step": 0, "loss/policy": 0.004, "grad_norm": 0.2, "ratio/mean/by_mini_batch": [1.0, 1.01], "ratio/max": 2.0,
-    "reward/zero_std": 0.1, "consistency/zero_std": 0.2, "reward/original": 0.6, "reward/synthetic": 0.7, "rule/rate": 0.95,
-    "rule/label": 0.05, "answer/truncated": 0.02, "loss/weight_truncated": 0.02, "answer/tokens": 36.0, "answer/entries": 1.4,
+    "reward/zero_std": 0.1, "consistency/zero_std": 0.2, "reward/original": 0.6, "reward/synthetic": 0.7,
+    "rule/rate": 0.95, "rule/label": 0.05, "answer/truncated": 0.02, "loss/weight_truncated": 0.02,
+    "answer/tokens": 36.0, "answer/entries": 1.4,
     "answer/min_share": 0.7, "consistency/mean": 0.4, "consistency/core_on_gold": 0.7, "policy/entropy": 0.2, "lam": 0.0,
     "clip_frac": 0.01, "kl/clamped": 0.0,
 }  # fmt: skip
@@ -188,7 +189,8 @@ def html(finished, tmp_path_factory):
 def test_the_page_stands_alone(html):
     page = Page(html)
     assert {tag for tag, _, _ in page.tags} & {"script", "link", "img", "iframe", "object", "embed", "base", "form"} == set()
-    links = [value for _, attrs, _ in page.tags for name, value in attrs.items() if name in ("href", "src", "srcset", "action")]
+    loading = ("href", "src", "srcset", "action")
+    links = [value for _, attrs, _ in page.tags for name, value in attrs.items() if name in loading]
     assert links and all(link.startswith("#") for link in links)
     assert not re.search(r"https?:|//[\w.]|url\(|@import|\bon\w+=", html)
     policy = next(attrs["content"] for attrs in page.all("meta") if "http-equiv" in attrs)
@@ -276,18 +278,16 @@ def test_a_run_that_has_just_begun(finished, tmp_path):
     (run / "metrics.jsonl").write_text(first + "\n")
     text = " ".join("".join(Page(write(run, tmp_path)).text).split())
     assert "not finished: the last thing written is evaluation start of iteration 0" in text
-    for words in ("No RL step yet.", "No rollouts yet.", "Nothing was scored on test yet.", "No answers to original prompts"):
+    for words in ("No RL step yet.", "No rollouts yet.", "Nothing was scored on test yet.", "No answers to original"):
         assert words in text, words
 
 
 SCORED = (
-    {"id": "meld/test/1/0", "gold": {"joy": 1.0}, "predicted": "joy", "correct": True, "iou": 1.0, "parse": {"reason": None}},
-    {"id": "meld/test/1/1", "gold": {"joy": 1.0}, "predicted": "anger", "correct": False, "iou": 0.0, "parse": {"reason": None}},
-    {"id": "meld/test/1/2", "gold": {"anger": 0.6, "joy": 0.5}, "predicted": "anger", "correct": True, "iou": 0.5,
-     "parse": {"reason": None}},
-    {"id": "emorynlp/test/1/0", "gold": {"mad": 1.0}, "predicted": None, "correct": False, "iou": 0.0,
-     "parse": {"reason": "think"}},
-)  # fmt: skip
+    {"id": "meld/test/1/0", "gold": {"joy": 1.0}, "predicted": "joy", "iou": 1.0, "parse": {"reason": None}},
+    {"id": "meld/test/1/1", "gold": {"joy": 1.0}, "predicted": "anger", "iou": 0.0, "parse": {"reason": None}},
+    {"id": "meld/test/1/2", "gold": {"anger": 0.6, "joy": 0.5}, "predicted": "anger", "iou": 0.5, "parse": {"reason": None}},
+    {"id": "emorynlp/test/1/0", "gold": {"mad": 1.0}, "predicted": None, "iou": 0.0, "parse": {"reason": "think"}},
+)
 
 
 def test_table_1_from_written_scores(tmp_path):
@@ -343,14 +343,16 @@ def test_a_users_mistake_is_one_line(finished, tmp_path, capsys):
 # In a browser
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync")  # fmt: skip
+FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+         "--disable-background-networking", "--disable-component-update")  # fmt: skip
 MEASURE = """<script>addEventListener("load", () => {
 const s = e => getComputedStyle(e);
 document.querySelectorAll("details").forEach(d => d.open = true);
-parent.document.title = JSON.stringify({wide: document.documentElement.scrollWidth, view: innerWidth, page: s(document.body).backgroundColor,
-  plots: [...document.querySelectorAll("svg.plot")].map(p => Math.round(p.getBoundingClientRect().width)),
-  hidden: [...document.querySelectorAll("h2, figure, table")].filter(e => !e.getClientRects().length).length}); });</script>"""
+const all = names => [...document.querySelectorAll(names)];
+parent.document.title = JSON.stringify({
+  wide: document.documentElement.scrollWidth, view: innerWidth, page: s(document.body).backgroundColor,
+  plots: all("svg.plot").map(p => Math.round(p.getBoundingClientRect().width)),
+  hidden: all("h2, figure, table").filter(e => !e.getClientRects().length).length}); });</script>"""
 
 
 def measured(html, tmp_path, width, scheme):

@@ -99,7 +99,7 @@ def test_rows_are_compared_seed_by_seed():
 def test_the_table():
     rows = ablate.table([record("SELF-EMO", [0, 1], [0.5, 0.5]), record("w/o", [], [])])
     assert rows == [
-        ["", "seeds", "kept", "toy Acc.", "toy W-F1", "toy IOU", "toy@1 Acc.", "toy@1 W-F1", "toy@1 IOU",
+        ["", "seeds", "kept", "toy Acc.", "toy W-F1", "toy IOU", "toy T=1 Acc.", "toy T=1 W-F1", "toy T=1 IOU",
          "Acc. against the full row"],
         ["SELF-EMO", "2", "100", "50.00 +- 0.00", "-", "-", "50.00 +- 0.00", "-", "-", "-"],
         ["w/o", "0", "-", "-", "-", "-", "-", "-", "-", "-"],

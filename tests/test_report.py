@@ -21,6 +21,8 @@ def test_ticks_are_round_and_enclose_the_values():
     assert nice_ticks(0.48, 0.675) == [0.45, 0.5, 0.55, 0.6, 0.65, 0.7]
     assert nice_ticks(0.1, 0.9) == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
     assert nice_ticks(1.36, 1.52) == [1.35, 1.4, 1.45, 1.5, 1.55]
+    assert nice_ticks(0.4, 0.9) == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]  # .4 is in the lower half
+    assert nice_ticks(0.0, 0.0)[0] == 0.0
     assert nice_ticks(-0.2, 0.2) == [-0.2, -0.1, 0.0, 0.1, 0.2]
 
 
@@ -311,7 +313,7 @@ def test_scores_and_ablations_are_shown(finished, tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(ablate))
     html = write(finished, tmp_path, "--scores", tmp_path / "mine.jsonl", "--ablate", tmp_path / "a.json")
     text = " ".join("".join(Page(html).text).split())
-    assert "w/o <SELF-GRPO> 3 56.15 +- 1.00" in text and "w/ COLD was left out: no expert." in text
+    assert "w/o <SELF-GRPO> 3 56.15 ± 1.00" in text and "w/ COLD was left out: no expert." in text
     assert "preset toy, 3 seeds asked for" in text
     assert "meld, mine" in text and "mine 66.67 66.67 50.00 100.00" in text.replace("  ", " ")
 

@@ -255,7 +255,7 @@ def cell(number: Mapping[str, Any] | None, *, signed: bool = False) -> str:
 def table(records: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """Cells of the table, the head first."""
     named = dict.fromkeys(name.split("/")[1] for r in records for name in r["scores"] if name.startswith("test/"))
-    columns = {f"{s} {title}": f"test/{s}/{key}" for s in named for key, title in METRICS.items()}
+    columns = {f"{s.replace('@', ' T=')} {title}": f"test/{s}/{key}" for s in named for key, title in METRICS.items()}
     lines = [["", "seeds", "kept", *columns, "Acc. against the full row"]]
     for r in records:
         kept = f"{r['scores']['kept']['mean']:.0f}" if r["seeds"] else "-"

@@ -72,7 +72,7 @@ def truncation(lines: Lines) -> Alarm:
         f"share of answers cut at the limit: {moved(lines, 'answer/truncated')}; of the loss weight: "
         f"{moved(lines, 'loss/weight_truncated')}; mean length {moved(lines, 'answer/tokens')} tokens",
         "A cut answer breaks the rule, earns 0, and its tokens are still trained (D20). Many of them teach the model to "
-        "be brief, whatever it says. Raise --max_new_tokens, or cold start so that answers end. Raised above a tenth.",
+        "be brief, whatever it says. Raise max_new_tokens, or cold start so that answers end. Raised above a tenth.",
     )
 
 
@@ -86,7 +86,7 @@ def rule(lines: Lines) -> Alarm:
         late(lines, "rule/rate") < 0.5,
         f"share of answers that keep the rule: {moved(lines, 'rule/rate')}; most frequent slips: {most or 'none'}",
         "An answer that breaks the rule earns nothing, whatever it recognised (Eq. 8). While most do, the reward teaches "
-        "the format and little else. Cold start with --cold_start dataset, or allow longer answers. Raised below one "
+        "the format and little else. Take cold_start dataset, or allow longer answers. Raised below one "
         "half.",
     )
 
@@ -124,7 +124,7 @@ def consensus(lines: Lines) -> Alarm:
         f"groups whose consensus has the gold emotion in front: {moved(lines, right)}; consistency: {moved(lines, agree)}",
         "Eq. 12 pays for agreeing with the group, true or not, and lambda gives that more and more weight. If agreement "
         "holds or rises while the consensus leaves gold, the group talks itself into something (PAPER.md works an example "
-        "out). Stop earlier, or compare with --self_grpo false. Raised when the second falls by more than a tenth.",
+        "out). Stop earlier, or compare with self_grpo false. Raised when the second falls by more than a tenth.",
     )
 
 
@@ -150,7 +150,7 @@ def entropy(lines: Lines) -> Alarm:
         late(lines, name) < max(0.1 * early(lines, name), 0.005),
         f"token entropy of the policy, nats: {moved(lines, name)}",
         "The paper sees it fall, faster at first (Fig. 6a). When next to nothing is left, all answers to a prompt are the "
-        "same and groups have nothing to compare. Lower --lr, raise --kl_coef. Raised below a tenth of the early value.",
+        "same and groups have nothing to compare. Lower lr, raise kl_coef. Raised below a tenth of the early value.",
     )
 
 

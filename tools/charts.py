@@ -160,7 +160,7 @@ def nice_ticks(low: float, high: float) -> list[float]:
     if 0 <= low <= high / 2:
         low = 0.0
     if high - low < 1e-9:
-        low, high = low - abs(low) / 10 - 1e-3, high + abs(high) / 10 + 1e-3
+        low, high = low - abs(low) / 10 - 1e-3 * (low != 0), high + abs(high) / 10 + 1e-3
     raw = (high - low) / 5
     unit = 10.0 ** math.floor(math.log10(raw))
     step = next(m * unit for m in (1, 2, 2.5, 5, 10) if m * unit >= raw * (1 - 1e-9))

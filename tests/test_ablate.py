@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -120,6 +121,12 @@ def test_a_run_with_other_settings_is_no_run_of_the_row(place, finished):
     assert not ablate.finished(job_of(place.root / "nowhere", place.argv("nowhere")))
     with pytest.raises(data.UserError, match=r"made with other settings \(lr was 0.001, is 0.0\)"):
         ablate.finished(job_of(finished, place.argv(finished, "--lr", 0)))
+
+
+def test_a_killed_run_with_half_a_line_is_not_finished(place, finished, tmp_path):
+    shutil.copy(finished / "config.json", tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "phas')
+    assert not ablate.finished(job_of(tmp_path, place.argv(tmp_path)))
 
 
 def test_scores_of_a_run(finished, place):

@@ -279,7 +279,7 @@ def test_a_run_that_has_just_begun(finished, tmp_path):
     first = (finished / "metrics.jsonl").read_text().splitlines()[0]
     (run / "metrics.jsonl").write_text(first + "\n")
     text = " ".join("".join(Page(write(run, tmp_path)).text).split())
-    assert "not finished: the last thing written is evaluation start of iteration 0" in text
+    assert "not finished; the last thing written is the evaluation “start” before the first iteration" in text
     for words in ("No RL step yet.", "No rollouts yet.", "Nothing was scored on test yet.", "No answers to original"):
         assert words in text, words
 
@@ -331,6 +331,9 @@ def test_a_users_mistake_is_one_line(finished, tmp_path, capsys):
     bad.write_text('{"table": [["a"], ["b", "c"]], "skipped": {}}\n')
     assert "is not an ablate.json" in complaint(capsys, finished, "--ablate", bad)
     assert "does not hold answers" in complaint(capsys, finished, "--scores", bad)
+    assert "nowhere.jsonl holds no answers" in complaint(capsys, finished, "--scores", tmp_path / "nowhere.jsonl")
+    (tmp_path / "config.json").write_text('{"seed": 0}')
+    assert "config.json lacks S, T, batch_prompts, data" in complaint(capsys, tmp_path)
     run = tmp_path / "run"
     run.mkdir()
     shutil.copy(finished / "config.json", run)

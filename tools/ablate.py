@@ -141,8 +141,9 @@ def finished(job: Job) -> bool:
     changed = ", ".join(f"{k} was {was!r}, is {now!r}" for k, (was, now) in both.items() if was != now)
     if changed:
         raise UserError(f"{job.folder} was made with other settings ({changed}): give another --out")
-    lines = read_lines(job.folder / "metrics.jsonl")
-    return (job.folder / "model").exists() and bool(lines) and lines[-1].get("when") == "test"
+    if not (job.folder / "model").exists():  # a killed run may have left half a line: its resume cuts that off
+        return False
+    return any(x.get("when") == "test" for x in read_lines(job.folder / "metrics.jsonl"))
 
 
 def start(job: Job) -> subprocess.Popen[bytes]:
@@ -316,7 +317,7 @@ def main(argv: Sequence[str]) -> int:
     argv = list(argv)
     cut = argv.index("--") if "--" in argv else len(argv)
     args = tyro.cli(Ablate, args=argv[:cut], use_underscores=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return ablate(args, argv[cut + 1 :])
     except UserError as error:
@@ -328,6 +329,8 @@ def main(argv: Sequence[str]) -> int:
     except OSError as error:
         print(f"error: {error.strerror or error}" + (f" ({error.filename})" if error.filename else ""), file=sys.stderr)
         return 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

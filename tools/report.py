@@ -152,9 +152,12 @@ def read_scores(path: Path) -> dict[str, Scores]:
         by_set = defaultdict(list)
         for row in read_lines(path):
             by_set[row["id"].partition("/")[0]].append(row)
-        return {name: scored(rows) for name, rows in by_set.items()}
+        found = {name: scored(rows) for name, rows in by_set.items()}
     except (OSError, LookupError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{path} does not hold answers of evaluate.py score --out: {type(error).__name__} {error}") from None
+    if not found:
+        raise UserError(f"{path} holds no answers")
+    return found
 
 
 def scored(rows: Sequence[Record]) -> Scores:
@@ -380,15 +383,21 @@ def state(lines: Lines) -> str:
     if any(x.get("when") == "test" for x in lines):
         return "finished"
     last = lines[-1]
-    names = {"rl": f"RL step {last['step'] + 1}", "sft": "fine-tuning", "eval": f"evaluation {last.get('when')}"}
-    return f"not finished: the last thing written is {names[last['phase']]} of iteration {last['iteration']}"
+    where = f"of iteration {last['iteration']}" if last["iteration"] else "before the first iteration"
+    names = {"rl": f"RL step {last['step'] + 1}", "sft": "fine-tuning", "eval": f"the evaluation “{last.get('when')}”"}
+    return f"not finished; the last thing written is {names[last['phase']]} {where}"
+
+
+NEEDED = {"preset", "seed", "model", "data", "iterations", "S", "T", "batch_prompts", "n", "eval_temperatures", "versions"}
 
 
 def page(args: Report) -> str:
     """The whole page. Raises `UserError` where the folder is no run, or a named file is not what it should be."""
     run = args.run
     config, lines = read_json(run / "config.json"), read_lines(run / "metrics.jsonl")
-    if not lines or "T" not in config:
+    if missing := NEEDED - set(config):
+        raise UserError(f"{run / 'config.json'} lacks {', '.join(sorted(missing))}: it is not of a run of selfemo.py")
+    if not lines:
         raise UserError(f"{run} holds nothing to report yet: give the folder of a run after its first evaluation")
     rl = [x for x in lines if x["phase"] == "rl"]
     evals = [x for x in lines if x["phase"] == "eval" and x["when"] != "test"]

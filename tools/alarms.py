@@ -171,9 +171,9 @@ def clipping(lines: Lines) -> Alarm:
     """Steps too large."""
     return Alarm(
         "Updates are clipped",
-        late(lines, "clip_frac") > 0.5 or late(lines, "kl/clamped") > 0,
+        late(lines, "clip_frac") > 0.5 or late(lines, "kl/clamped") > 0.01,
         f"loss weight that is clipped: {moved(lines, 'clip_frac')}; largest ratio {max(x['ratio/max'] for x in lines):.3g}; "
         f"loss weight where the KL is cut: {moved(lines, 'kl/clamped')}",
-        "Within a step the policy moves away from the one that sampled. Eq. 14 stops the gain outside 1 +- epsilon. "
-        "Mostly clipped means that the learning rate is too high. Raised above one half, or where the KL is cut at all.",
+        "Within a step the policy moves away from the one that sampled. Eq. 14 stops the gain outside 1 ± epsilon. "
+        "Mostly clipped means that the learning rate is too high. Raised above one half, or where the KL is cut for a hundredth.",
     )

@@ -25,7 +25,7 @@ import tyro
 
 import config
 import toy
-from config import MAY_DIFFER, PRESETS, Config, pairs
+from config import MAY_DIFFER, PRESETS, Config, Pairs, pairs
 from data import UserError
 from evaluate import averaged, top_label
 from runs import jsonl, read_json, read_lines, write_atomically
@@ -59,10 +59,10 @@ class Ablate:
     """Only these rows. Default: all."""
     jobs: int = 1
     """Runs at the same time. Each takes as many threads as OMP_NUM_THREADS says."""
-    expert: str = ""
-    """The run's --expert, for the row w/ COLD; without it that row is left out."""
-    expert_model: str = ""
-    """The run's --expert_model, for the same row."""
+    expert: Pairs = ()
+    """The run's --expert, for the row w/ COLD; without it that row is left out. Repeatable."""
+    expert_model: Pairs = ()
+    """The run's --expert_model, for the same row. Repeatable."""
     markdown: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print the table as Markdown."""
     show: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -294,7 +294,7 @@ def ablate(args: Ablate, extra: Sequence[str]) -> int:
         toy.build()
     gold = one_hot_gold(cfg)
     train = read_splits(cfg)["train"]
-    expert = [x for flag in ("expert", "expert_model") if (value := getattr(args, flag)) for x in (f"--{flag}", value)]
+    expert = [x for flag in ("expert", "expert_model") for value in getattr(args, flag) for x in (f"--{flag}", value)]
     soft = any(len(sample.gold) > 1 for sample in train)
     rows = chosen(table_rows(len(train), soft, args.out / ONE_HOT, expert), args.rows)
     for row in rows:

@@ -123,6 +123,14 @@ def test_a_run_with_other_settings_is_no_run_of_the_row(place, finished):
         ablate.finished(job_of(finished, place.argv(finished, "--lr", 0)))
 
 
+def test_a_setting_that_an_older_run_does_not_know_had_its_default(place, finished, tmp_path):
+    known = json.loads((finished / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in known.items() if k != "limit"}))
+    assert not ablate.finished(job_of(tmp_path, place.argv(tmp_path)))
+    with pytest.raises(data.UserError, match=r"limit was \[\], is \['tiny=3'\]"):
+        ablate.finished(job_of(tmp_path, place.argv(tmp_path, "--limit", "tiny=3")))
+
+
 def test_a_killed_run_with_half_a_line_is_not_finished(place, finished, tmp_path):
     shutil.copy(finished / "config.json", tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "phas')

@@ -135,9 +135,10 @@ def finished(job: Job) -> bool:
     """Whether the run of a job is done. Raises `UserError` where the folder holds a run with other settings."""
     if not (job.folder / "config.json").exists():
         return False
-    known, default, wanted = read_json(job.folder / "config.json"), asdict(Config()), asdict(job.cfg)
+    known = read_json(job.folder / "config.json")
+    default, wanted = (json.loads(json.dumps(asdict(cfg))) for cfg in (Config(), job.cfg))
     free = MAY_DIFFER - {"lr", "cold_start_lr", "sft_lr"}  # a resumed run may change a rate, a row of a table may not
-    both = {k: (known.get(k, default[k]), json.loads(json.dumps(v))) for k, v in wanted.items() if k not in free}
+    both = {k: (known.get(k, default[k]), v) for k, v in wanted.items() if k not in free}
     changed = ", ".join(f"{k} was {was!r}, is {now!r}" for k, (was, now) in both.items() if was != now)
     if changed:
         raise UserError(f"{job.folder} was made with other settings ({changed}): give another --out")

@@ -69,6 +69,7 @@ def members(body, prefix=""):
 
 
 MODULES = {path.stem: path for path in ROOT.glob("*.py")}
+MODULES |= {f"tools.{path.stem}": path for path in ROOT.glob("tools/[a-z]*.py")}
 
 
 @cache
@@ -82,8 +83,8 @@ def functions(path):
 
 
 def code_names(part):
-    """(file, name) of every `file.name` in a text, `data.py` and the like left out."""
-    found = (re.fullmatch(r"(\w+)\.([A-Za-z_][\w.]*)", name) for name in quoted(part))
+    """(file, name) of every `file.name` in a text, `data.py` and the like left out; files of tools/ are `tools.file`."""
+    found = (re.fullmatch(r"((?:tools\.)?\w+)\.([A-Za-z_][\w.]*)", name) for name in quoted(part))
     files = {"py", "md", "txt", "jsonl", "json", "toml", "safetensors", "csv"}
     return [(match[1], match[2]) for match in found if match and match[1] in MODULES and match[2] not in files]
 
@@ -145,7 +146,8 @@ def test_every_file_that_is_named_exists():
 
 def test_every_file_has_its_line_in_the_readme():
     listed = section("README.md", "## Files, in reading order")
-    links = {f"[{path.name}]({path.name})" for path in MODULES.values()} | {"[tests](tests)"}
+    links = {f"[{path.name}]({path.name})" for path in MODULES.values() if path.parent == ROOT}
+    links |= {"[tests](tests)", "[tools](tools)"}
     assert {cells[0] for cells in rows(listed)} == links
 
 
@@ -303,12 +305,14 @@ def accepted():
         "expert.py gold": fields("expert", "Asking") | fields("expert", "GoldCommand"),
         "toy.py baselines": set(),
         "toy.py gold-sft": {"seed"},
+        "tools.report": fields("tools.report", "Report"),
+        "tools.ablate": fields("tools.ablate", "Ablate") | fields("config", "Config"),
     }
 
 
 def test_commands_name_files_and_flags_that_exist():
     seen = set()
-    commands = [name for document in DOCUMENTS for name in quoted(text(document)) if ".py " in name]
+    commands = [name for document in DOCUMENTS for name in quoted(text(document)) if ".py " in name or "-m tools." in name]
     commands += [part for block in blocks("README.md") for line in block.splitlines() for part in line.split("&&")]
     for command in commands:
         for program, known in accepted().items():
@@ -430,7 +434,7 @@ def packages(name):
 def test_requirements_are_pinned_and_complete():
     core = {"torch", "transformers", "tokenizers", "safetensors", "numpy", "tyro", "tqdm", "pytest"}
     assert set(packages("requirements.txt")) == core
-    assert set(packages("requirements-extra.txt")) == {"tensorboard", "matplotlib", "scikit-learn", "openai"}
+    assert set(packages("requirements-extra.txt")) == {"tensorboard", "matplotlib", "scikit-learn", "openai", "jinja2"}
     assert {"-r requirements.txt", "-r requirements-extra.txt"} <= set(text("requirements-dev.txt").splitlines())
     assert f"torch=={packages('requirements.txt')['torch']} " in text("README.md")
 

@@ -240,11 +240,13 @@ class Run:
         """SIGTERM and SIGINT ask the run to save and stop after this step; a second one stops it at once."""
 
         def ask(number: int, frame: object) -> None:
-            if self.stop_asked and "RANK" not in os.environ:  # torchrun passes on what the scheduler sends to all
+            launched = "RANK" in os.environ  # torchrun passes on what the scheduler sends to all: twice is not a person
+            if self.stop_asked and not launched:
                 raise KeyboardInterrupt
+            if rank() == 0 and not self.stop_asked:
+                more = "" if launched else "; once more to stop at once"
+                print(f"\nsaving after this step{more}", file=sys.stderr, flush=True)
             self.stop_asked = True
-            if rank() == 0:
-                print("\nsaving after this step; once more to stop at once", file=sys.stderr, flush=True)
 
         before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
         try:

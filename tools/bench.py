@@ -94,7 +94,7 @@ class Side:
         places = {"OMP_PROC_BIND": "true", "OMP_PLACES": "threads"} if cfg.threads > 1 else {}
         environment = {**os.environ, "OMP_NUM_THREADS": threads, "TORCHINDUCTOR_COMPILE_THREADS": threads, **places}
         self.name = name
-        self.log = tempfile.NamedTemporaryFile("w+", prefix=f"{name}-", suffix=".log")
+        self.log = tempfile.NamedTemporaryFile("w+", prefix=f"{name}-", suffix=".log")  # noqa: SIM115 (closed with this object)
         self.process = subprocess.Popen(
             [python, "-m", f"tools.peer_{name}", str(Path(cfg.model).resolve()), cfg.dtype],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, env=environment, cwd=ROOT,

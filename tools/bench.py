@@ -50,6 +50,7 @@ class Workload:
 A = Workload("rollout-a", "rollout", 8, 180, 8, 128)
 B = Workload("rollout-b", "rollout", 8, 1070, 8, 128)
 STEP = Workload("step", "step", 4, 180, 8, 128)  # the policy update is a part of it, and has its own columns
+ONE = replace(STEP, name="step-1", prompts=1, micro_batch=8)  # a quarter of it, for a busy machine
 SHORT = replace(A, max_new_tokens=64)
 GROWTH = (
     *(replace(SHORT, name=f"prompts-{x}", prompts=x) for x in (8, 32, 128)),
@@ -58,7 +59,7 @@ GROWTH = (
     *(replace(SHORT, name=f"max_new_tokens-{x}", max_new_tokens=x) for x in (64, 256, 1024)),
 )
 QUICK = (Workload("quick-rollout", "rollout", 8, 100, 8, 32), Workload("quick-step", "step", 4, 100, 8, 32))
-WORKLOADS = {w.name: w for w in (A, B, STEP, *GROWTH)}
+WORKLOADS = {w.name: w for w in (A, B, STEP, ONE, *GROWTH)}
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Settings:
     """Time ours against peers. Prints a table and writes one JSON line a row."""
 
     workloads: tyro.conf.Positional[tuple[str, ...]] = ("rollout-a",)
-    """rollout-a, rollout-b, step, growth, or the name of one point of growth (n-32, prompts-128, ...)."""
+    """rollout-a, rollout-b, step, step-1, growth, or the name of one point of growth (n-32, prompts-128, ...)."""
     model: str = ""
     """Hugging Face folder; without it an untaught model of the toy world's size."""
     data: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
@@ -76,7 +77,7 @@ class Settings:
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of the weights; for trl bfloat16 is autocast over float32 weights, as its users run it."""
     repeats: int = 3
-    """Turns of every side, after one that is not counted."""
+    """Turns of every side, after a short one that is not counted."""
     threads: int = os.cpu_count() or 1
     """OMP threads of every side."""
     out: str = ""
@@ -164,7 +165,7 @@ def measure(work: Workload, cfg: Settings, opened: Sequence[Side]) -> list[dict[
     job = {**asdict(work), "prompts": prompts(work, cfg)}
     able = [side for side in opened if side.name == "selfemo" or (side.name == "trl") == (work.task == "step")]
     for side in able:
-        side.run({**job, "max_new_tokens": min(8, work.max_new_tokens)} if work.task == "rollout" else job)
+        side.run({**job, "max_new_tokens": min(8, work.max_new_tokens)})
     turns = [[side.run(job) for side in able] for _ in range(cfg.repeats)]
     rows = [row(side, work, cfg, [turn[i] for turn in turns]) for i, side in enumerate(able)]
     return [{**r, **ratios(rows[0], r)} for r in rows]

@@ -295,8 +295,7 @@ def score_tokens(output: nn.Module, hidden_MD: Tensor, target_M: Tensor, tempera
     norm_M = logits_MV.logsumexp(-1)
     logp_M = logits_MV.gather(-1, target_M[:, None])[:, 0] - norm_M
     with torch.no_grad():
-        every_MV = (logits_MV - norm_M[:, None]).clamp_(min=torch.finfo(logits_MV.dtype).min)  # so that 0 * -inf is 0
-        entropy_M = -(every_MV.exp() * every_MV).sum(-1)  # `torch.special.entr` takes a log again: 2-3 x the time
+        entropy_M = torch.special.entr((logits_MV - norm_M[:, None]).exp()).sum(-1)
     return logp_M, entropy_M
 
 

@@ -116,11 +116,24 @@ class GroupLayout:
         aq, ak, av = (rectangle(x, self.answer_BT) for x in (q_NHD, k_NKD, v_NKD))
         k_BKZD = torch.cat([pk.index_select(0, self.owner_B), ak], dim=2)
         v_BKZD = torch.cat([pv.index_select(0, self.owner_B), av], dim=2)
-        answer_BHTD = F.scaled_dot_product_attention(
-            aq, k_BKZD, v_BKZD, attn_mask=self.mask_B1TZ, scale=scaling, enable_gqa=True
-        )
+        answer_BHTD = masked_attention(aq, k_BKZD, v_BKZD, self.mask_B1TZ, scaling, spread=aq.is_cuda)
         flat = [x.transpose(1, 2).flatten(0, 1) for x in (prompt_PHSD, answer_BHTD)]
         return torch.cat(flat).index_select(0, self.back_N)
+
+
+def masked_attention(
+    q_BHTD: Tensor, k_BKZD: Tensor, v_BKZD: Tensor, mask_B1TZ: Tensor, scaling: float, *, spread: bool
+) -> Tensor:
+    """Attention under a mask. `spread` repeats each key/value head for its query heads, which changes no result.
+
+    On CUDA a mask with `enable_gqa` is left to PyTorch's math kernel, which holds all scores at once; heads that are spread
+    keep the fused one. Elsewhere they would only cost memory.
+    """
+    if spread:
+        k_BKZD, v_BKZD = (x.repeat_interleave(q_BHTD.shape[1] // x.shape[1], dim=1) for x in (k_BKZD, v_BKZD))
+    return F.scaled_dot_product_attention(
+        q_BHTD, k_BKZD, v_BKZD, attn_mask=mask_B1TZ, scale=scaling, enable_gqa=not spread
+    )
 
 
 def rectangle(x_NHD: Tensor, index: Tensor) -> Tensor:

@@ -407,6 +407,13 @@ def _write_base(folder: Path, samples: Sequence[data.Sample], seed: int, steps: 
     policy.export(folder, tokenizer)
 
 
+def untaught(folder: Path) -> None:
+    """Write a model of the toy world's size after one lesson: for work where only speed matters."""
+    aside = folder.parent / "world"
+    _write_world(aside, 0)
+    _write_base(folder, _samples(aside, "train"), 0, steps=1)
+
+
 def _samples(folder: Path, split: str) -> list[data.Sample]:
     return data.samples(data.load("toy", folder, split), data.label_set("toy", folder))
 

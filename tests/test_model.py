@@ -139,6 +139,19 @@ def test_activation_checkpointing_gives_the_same_gradients(kind):
 # Log-probs and entropies
 
 
+@KINDS
+def test_heads_spread_as_on_a_gpu_change_nothing(kind, monkeypatch):
+    """Values and gradients to 1e-12; 4 query heads over 2 key/value heads."""
+    whole = model.masked_attention
+    found = []
+    for spread in (False, True):
+        monkeypatch.setattr(model, "masked_attention", lambda *args, s=spread, **_: whole(*args, spread=s))
+        lm = tiny(kind)
+        logp_BT, _ = Policy(lm)(GROUPS)
+        found.append((logp_BT.detach(), gradients(lm, (weights_B6() * logp_BT).sum())))
+    assert_close(found[0], found[1], **EXACT)
+
+
 def test_log_probs_by_hand_and_zero_off_the_answer():
     """1 -> 0 (.25) or 3; 3 -> 0 or 2 (.5); 0 -> 0 (.125) or 2. Token 0 is a token like another (think pad == eos == 0):
     answer 0: ln .25 = -1.386294 and nothing after it; answer 3 0 0 2: ln .75, ln .5, ln .125, ln .875 =

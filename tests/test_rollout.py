@@ -12,7 +12,7 @@ from tiny import V, chain, tiny, tokenizer, with_attention
 import rollout
 from data import UserError
 from model import ATTENTION, Group, Policy
-from rollout import Completion, Engine, GroupCache, draw, generate, generate_naive, uniform
+from rollout import Completion, Engine, GroupCache, draw, draw_in_blocks, generate, generate_naive, uniform
 
 KINDS = pytest.mark.parametrize("kind", ["qwen3", "llama"])
 EOS = frozenset(range(10, 22))  # 12 of 97 tokens: answers of about 8 tokens, some cut off
@@ -362,8 +362,9 @@ def test_nan_logits_stop_the_rollout(temperature):
     """A diverged model must not be sampled from: in one row of two, -inf beside it is no error."""
     logits = torch.tensor([[0.0, float("-inf"), 1.0], [0.0, float("nan"), 1.0]])
     assert draw(logits[:1], temperature, [0.9])[0] == [2]
-    with pytest.raises(FloatingPointError):
-        draw(logits, temperature, [0.5, 0.5])
+    for sampler in (draw, draw_in_blocks):
+        with pytest.raises(FloatingPointError):
+            sampler(logits, temperature, [0.5, 0.5])
     lm = tiny()
     with torch.no_grad():
         lm.model.norm.weight[0] = float("nan")
@@ -380,6 +381,36 @@ def test_a_sum_below_1_leaves_no_gap():
             (token,), (logp,) = draw(logits, 1.0, [number])
             assert 49_000 < token < 49_052
             assert -25 < logp < -5
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
+@pytest.mark.parametrize("size", [1, 97, 128, 129, 3000])
+def test_the_sampler_in_blocks_equals_the_clear_one(size, temperature):
+    """float64, sharp logits, half of the tokens impossible, whole blocks of them too: equal tokens, log-probs to 1e-12.
+    The arguments stay as they were."""
+    generator = torch.Generator().manual_seed(size)
+    logits = 3 * torch.randn(400, size, generator=generator, dtype=torch.float64)
+    logits[torch.rand(logits.shape, generator=generator) < 0.5] = float("-inf")
+    logits[:200, 128:2000] = float("-inf")
+    logits[:, size // 2] = 0.0
+    numbers = [uniform((0, 0, "b"), row, size) for row in range(398)] + [0.0, 1 - 2**-24]
+    kept = logits.clone()
+    tokens, logprobs = draw(logits, temperature, numbers)
+    found, theirs = draw_in_blocks(logits, temperature, numbers)
+    assert found == tokens
+    assert theirs == pytest.approx(logprobs, rel=0, abs=1e-12)
+    assert torch.equal(logits, kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_sampler_in_blocks_never_draws_a_token_of_probability_0(dtype):
+    """Tokens 200 and 390 of 500 alone can come, in blocks 1 and 3 of 4; e^-30 beside them is lost in float32's sums."""
+    logits = torch.full((1, 500), float("-inf"), dtype=dtype)
+    logits[0, [200, 390]] = 0.0
+    numbers = [0.0, 0.25, 0.4999, 0.5001, 0.75, 1 - 2**-24, 1 - 1e-12]
+    assert draw_in_blocks(logits.repeat(7, 1), 1.0, numbers)[0] == [200, 200, 200, 390, 390, 390, 390]
+    logits[0, 450] = -30.0
+    assert set(draw_in_blocks(logits.repeat(7, 1), 1.0, numbers)[0]) <= {200, 390, 450}
 
 
 def test_frequencies():

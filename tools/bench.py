@@ -1,0 +1,264 @@
+"""Speed against others: one run, same model, prompts and numbers of tokens; sides take turns, each in its own process.
+
+    python -m tools.bench --quick
+    python -m tools.bench rollout-a --model DIR --data meld=data/meld --peer vllm=/venvs/vllm/bin/python --peer transformers
+    python -m tools.bench step --dtype float32 --model DIR --peer trl=/venvs/trl/bin/python
+
+A peer is NAME=PYTHON, the interpreter that has it; without =PYTHON it runs in ours. Answers always have their full length.
+Seconds are wall time; CPU seconds stand beside them, because wall time on a busy machine says little.
+"""
+
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+import data
+import toy
+from config import pairs
+from data import UserError
+from model import load_tokenizer
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What every side does, and how long its prompts are."""
+
+    name: str
+    task: Literal["rollout", "step"]
+    prompts: int
+    prompt_tokens: int
+    n: int
+    max_new_tokens: int
+    micro_batch: int = 16
+
+
+A = Workload("rollout-a", "rollout", 8, 180, 8, 128)
+B = Workload("rollout-b", "rollout", 8, 1070, 8, 128)
+STEP = Workload("step", "step", 4, 180, 8, 128)  # the policy update is a part of it, and has its own columns
+ONE = replace(STEP, name="step-1", prompts=1, micro_batch=8)  # a quarter of it, for a busy machine
+SHORT = replace(A, max_new_tokens=64)
+GROWTH = (
+    *(replace(SHORT, name=f"prompts-{x}", prompts=x) for x in (8, 32, 128)),
+    *(replace(SHORT, name=f"n-{x}", n=x) for x in (1, 4, 8, 32)),
+    *(replace(SHORT, name=f"prompt_tokens-{x}", prompt_tokens=x) for x in (100, 500, 2000)),
+    *(replace(SHORT, name=f"max_new_tokens-{x}", max_new_tokens=x) for x in (64, 256, 1024)),
+)
+QUICK = (Workload("quick-rollout", "rollout", 8, 100, 8, 32), Workload("quick-step", "step", 4, 100, 8, 32))
+WORKLOADS = {w.name: w for w in (A, B, STEP, ONE, *GROWTH)}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Time ours against peers. Prints a table and writes one JSON line a row."""
+
+    workloads: tyro.conf.Positional[tuple[str, ...]] = ("rollout-a",)
+    """rollout-a, rollout-b, step, step-1, growth, or the name of one point of growth (n-32, prompts-128, ...)."""
+    model: str = ""
+    """Hugging Face folder; without it an untaught model of the toy world's size."""
+    data: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """NAME=DIR: where prompts come from; without it they are random tokens of the same lengths."""
+    peer: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """NAME=PYTHON or NAME, repeatable: vllm, trl, transformers."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of the weights; for trl bfloat16 is autocast over float32 weights, as its users run it."""
+    repeats: int = 3
+    """Turns of every side, after a short one that is not counted."""
+    threads: int = os.cpu_count() or 1
+    """OMP threads of every side."""
+    out: str = ""
+    """Also append the JSON lines to this file."""
+    quick: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Small work on an untaught model of the toy world's size, under a minute."""
+
+
+class Side:
+    """A process that does jobs when told."""
+
+    def __init__(self, name: str, python: str, cfg: Settings) -> None:
+        """Start it and wait until it has opened the model."""
+        threads = str(cfg.threads)
+        places = {"OMP_PROC_BIND": "true", "OMP_PLACES": "threads"} if cfg.threads > 1 else {}
+        environment = {**os.environ, "OMP_NUM_THREADS": threads, "TORCHINDUCTOR_COMPILE_THREADS": threads, **places}
+        self.name = name
+        self.log = tempfile.NamedTemporaryFile("w+", prefix=f"{name}-", suffix=".log")  # noqa: SIM115 (closed with this object)
+        self.process = subprocess.Popen(
+            [python, "-m", f"tools.peer_{name}", str(Path(cfg.model).resolve()), cfg.dtype],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, env=environment, cwd=ROOT,
+        )  # fmt: skip
+        self.versions = self.read()
+
+    def read(self) -> dict[str, Any]:
+        """The next line it says. Raises `UserError` where it has ended."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            self.log.seek(0)
+            raise UserError(f"{self.name} has ended: {(self.log.read().strip().splitlines() or ['no message'])[-1]}")
+        return dict(json.loads(line))
+
+    def run(self, job: dict[str, Any]) -> dict[str, Any]:
+        """One job."""
+        assert self.process.stdin is not None
+        print(json.dumps(job), file=self.process.stdin, flush=True)
+        return self.read()
+
+    def close(self) -> None:
+        """End of stdin is the end of the process."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+@contextmanager
+def sides(cfg: Settings) -> Iterator[list[Side]]:
+    """Ours first, then the peers; all are ended at the end."""
+    opened: list[Side] = []
+    try:
+        opened.append(Side("selfemo", sys.executable, cfg))
+        for entry in cfg.peer:
+            name, _, python = entry.partition("=")
+            opened.append(Side(name, python or sys.executable, cfg))
+        yield opened
+    finally:
+        for side in opened:
+            side.close()
+
+
+def prompts(work: Workload, cfg: Settings) -> list[list[int]]:
+    """Prompts of the data nearest to the length; where they are far from it, seeded runs of tokens of several."""
+    rng = random.Random(0)
+    if not cfg.data:
+        return [[rng.randrange(10, 600) for _ in range(work.prompt_tokens)] for _ in range(work.prompts)]
+    tokenizer = load_tokenizer(cfg.model)
+    found = [s for name, root in pairs("data", cfg.data).items() for s in samples(name, root)]
+    pool = [data.encode(tokenizer, s, data.DEFAULT)[0] for s in rng.sample(found, min(600, len(found)))]
+    near = sorted(pool, key=lambda ids: abs(len(ids) - work.prompt_tokens))[: work.prompts]
+    if len(near) == work.prompts and abs(len(near[-1]) - work.prompt_tokens) <= 0.1 * work.prompt_tokens:
+        return near
+    stream = [token for ids in pool for token in ids]
+    starts = [rng.randrange(len(stream) - work.prompt_tokens) for _ in range(work.prompts)]
+    return [stream[start : start + work.prompt_tokens] for start in starts]
+
+
+def samples(name: str, root: str) -> list[data.Sample]:
+    """Training samples of a dataset."""
+    return data.samples(data.load(name, root, "train"), data.label_set(name, root))
+
+
+def measure(work: Workload, cfg: Settings, opened: Sequence[Side]) -> list[dict[str, Any]]:
+    """One row a side. The sides take turns, so that a slow minute of the machine falls on all of them."""
+    job = {**asdict(work), "prompts": prompts(work, cfg)}
+    able = [side for side in opened if side.name == "selfemo" or (side.name == "trl") == (work.task == "step")]
+    for side in able:
+        side.run({**job, "max_new_tokens": min(8, work.max_new_tokens)})
+    turns = [[side.run(job) for side in able] for _ in range(cfg.repeats)]
+    rows = [row(side, work, cfg, [turn[i] for turn in turns]) for i, side in enumerate(able)]
+    return [{**r, **ratios(rows[0], r)} for r in rows]
+
+
+def row(side: Side, work: Workload, cfg: Settings, found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What is known of one side."""
+    listed = {name: [round(f[name], 3) for f in found] for name in TIMES if name in found[0]}
+    tokens, median = found[0]["tokens"], statistics.median(listed["seconds"])
+    return {
+        "workload": asdict(work), "side": side.name, "dtype": cfg.dtype, "threads": cfg.threads, "tokens": tokens, **listed,
+        "tokens_per_s": round(tokens / median, 1), "tokens_per_s_best": round(tokens / min(listed["seconds"]), 1),
+        "sequences_per_s": round(work.prompts * work.n / median, 3), "peak_mib": round(max(f["peak_mib"] for f in found)),
+        "versions": side.versions, "hardware": hardware(), "commit": commit(), "date": time.strftime("%Y-%m-%d"),
+    }  # fmt: skip
+
+
+TIMES = ("seconds", "cpu_s", "generate_s", "score_s", "update_s")
+
+
+def ratios(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
+    """How many times longer a side takes than ours: medians, bests, CPU time, the update; and its memory to ours."""
+    both = [name for name in TIMES if name in ours]
+    found = {f"{name}_ratio": statistics.median(theirs[name]) / statistics.median(ours[name]) for name in both}
+    found["best_ratio"] = min(theirs["seconds"]) / min(ours["seconds"])
+    found["peak_ratio"] = theirs["peak_mib"] / ours["peak_mib"]
+    return {name: round(value, 2) for name, value in found.items()}
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """For people. Ratios: the side's time (memory) over ours, so above 1 we are faster (smaller)."""
+    head = f"{'workload':22}{'side':14}{'median s':>10}{'best s':>9}{'cpu s':>9}{'tokens/s':>10}{'peak MiB':>10}"
+    out = [head + f"{'x median':>10}{'x best':>8}{'x cpu':>7}{'x update':>10}{'x peak':>8}"]
+    for r in rows:
+        wall, cpu = statistics.median(r["seconds"]), statistics.median(r["cpu_s"])
+        line = f"{r['workload']['name']:22}{r['side']:14}{wall:10.2f}{min(r['seconds']):9.2f}{cpu:9.2f}"
+        line += f"{r['tokens_per_s']:10.1f}{r['peak_mib']:10d}{r['seconds_ratio']:10.2f}{r['best_ratio']:8.2f}"
+        update = f"{r['update_s_ratio']:10.2f}" if "update_s_ratio" in r else f"{'—':>10}"
+        out.append(line + f"{r['cpu_s_ratio']:7.2f}" + update + f"{r['peak_ratio']:8.2f}")
+    return "\n".join(out)
+
+
+def hardware() -> str:
+    """Processor, its cores, and whether it computes in bf16."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    facts = dict(line.replace("\t", "").split(":", 1) for line in lines if ":" in line)
+    wide = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in facts.get("flags", "").split()]
+    return f"{os.cpu_count()} cores, {facts.get('model name', platform.machine()).strip()}, {' '.join(wide)}"
+
+
+def commit() -> str:
+    """Of the working tree; with a plus where it is changed."""
+    said = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=ROOT, capture_output=True, text=True)
+    return said.stdout.strip()
+
+
+def chosen(cfg: Settings) -> list[Workload]:
+    """The workloads by name. Raises `UserError` for an unknown one."""
+    if cfg.quick:
+        return list(QUICK)
+    names = [name for given in cfg.workloads for name in ([w.name for w in GROWTH] if given == "growth" else [given])]
+    if unknown := [name for name in names if name not in WORKLOADS]:
+        raise UserError(f"unknown workload {unknown[0]}: take growth or one of {', '.join(WORKLOADS)}")
+    return [WORKLOADS[name] for name in names]
+
+
+def bench(cfg: Settings) -> None:
+    """Measure and print."""
+    works = chosen(cfg)
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        if not cfg.model:
+            toy.untaught(Path(folder) / "base")
+            cfg = replace(cfg, model=str(Path(folder) / "base"))
+        with sides(cfg) as opened:
+            for work in works:
+                rows += (found := measure(work, cfg, opened))
+                print("\n".join(map(json.dumps, found)), flush=True)
+                if cfg.out:
+                    with Path(cfg.out).open("a", encoding="utf-8") as file:
+                        file.write("".join(json.dumps(r) + "\n" for r in found))
+    print(table(rows))
+
+
+def main() -> int:
+    """Exit status 2 for a user's mistake."""
+    try:
+        bench(tyro.cli(Settings, use_underscores=True, description=__doc__))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

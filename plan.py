@@ -41,6 +41,12 @@ class Place:
     memory: int
     gpu: bool
     sharded: bool
+    nodes: int = 1
+
+    @property
+    def R(self) -> int:
+        """Ranks that share the weights: those of a node."""
+        return self.ranks // self.nodes if self.sharded else 1
 
     @property
     def c(self) -> int:
@@ -87,15 +93,16 @@ def plan(cfg: Config) -> str:
 
 
 def place_of(text: str) -> Place:
-    """`8x80` is eight GPUs of 80 GB; nothing is this machine. Raises `UserError` for anything else."""
+    """`8x80`: eight GPUs of 80 GB; `2x8x80`: two nodes of them; nothing: this machine. Raises `UserError` for other words."""
     if not text:
-        here = ranks.device()
-        many = ranks.launched_size()
-        return Place(many, device_memory(here), here.type == "cuda", many > 1 or here.type == "cuda")
-    match = re.fullmatch(r"(\d+)x(\d+(?:\.\d+)?)(?:GB)?", text, re.IGNORECASE)
-    if not match or int(match[1]) < 1 or float(match[2]) <= 0:
-        raise UserError(f"--plan {text}: give GPUs x GB, for example 8x80, or nothing for this machine")
-    return Place(int(match[1]), int(float(match[2]) * GB), gpu=True, sharded=True)
+        here, many = ranks.device(), ranks.launched_size()
+        nodes = many // ranks.ranks_here()
+        return Place(many, device_memory(here), here.type == "cuda", many > 1 or here.type == "cuda", nodes)
+    match = re.fullmatch(r"(?:(\d+)x)?(\d+)x(\d+(?:\.\d+)?)(?:GB)?", text, re.IGNORECASE)
+    if not match or match[1] == "0" or int(match[2]) < 1 or float(match[3]) <= 0:
+        raise UserError(f"--plan {text}: give GPUs x GB, for example 8x80 or 2x8x80, or nothing for this machine")
+    nodes = int(match[1] or 1)
+    return Place(nodes * int(match[2]), int(float(match[3]) * GB), gpu=True, sharded=True, nodes=nodes)
 
 
 def config_of(model: str) -> PretrainedConfig:
@@ -119,7 +126,7 @@ def sizes_of(config: PretrainedConfig) -> Sizes:
 def estimate(cfg: Config, config: PretrainedConfig, place: Place) -> Plan:
     """Bytes of every component for one rank."""
     n = sizes_of(config)
-    R, c = place.ranks if place.sharded else 1, place.c
+    R, c = place.R, place.c
     offloaded = place.gpu and cfg.ref_offload
     held = {"weights (float32)": 4 * n.all // R, "AdamW's moments": 8 * n.all // R}
     if not offloaded:
@@ -132,7 +139,7 @@ def estimate(cfg: Config, config: PretrainedConfig, place: Place) -> Plan:
     if place.sharded:
         # Gathered: the rest (embeddings, head) and two blocks; the largest of them also as a gradient and its float32 sum.
         learning["gathered weights"] = c * (n.rest + 2 * n.block) + (c + 4) * max(n.rest, n.block)
-    host = {"reference (offloaded)": 4 * n.all // R * place.ranks} if offloaded else {}
+    host = {"reference (offloaded)": 4 * n.all} if offloaded else {}
     return Plan(held, sampling, learning, host, place)
 
 
@@ -211,7 +218,7 @@ def table(cfg: Config, made: Plan) -> list[str]:
     for title, part in (("all the time", made.held), ("while sampling", made.sampling), ("while learning", made.learning)):
         lines += [title, *(f"  {name:26} {size / GB:11.2f}" for name, size in part.items())]
     lines.append(f"{'peak':28} {made.peak / GB:11.2f}  of {place.memory * (1 - MARGIN) / GB:.2f} usable")
-    lines += [f"in main memory: {name} {size / GB:.1f} GB" for name, size in made.host.items()]
+    lines += [f"in the main memory of a node: {name} {size / GB:.1f} GB" for name, size in made.host.items()]
     return lines
 
 

@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -88,20 +89,20 @@ def processes() -> Iterator[None]:
     dist.init_process_group(backend, timeout=timedelta(days=1), **alone)  # ranks wait while one asks an expert
     try:
         yield
-        dist.barrier()
     except RuntimeError as error:  # gloo has no type of its own for it
         if size() > 1 and re.search(LOST, str(error)):
             raise PeerLost("another rank has ended") from error
         raise
-    finally:
-        dist.destroy_process_group()
+    # After an error nobody parts: a rank that waits inside NCCL would keep the others from saying what happened.
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 class PeerLost(Exception):
     """Another rank has ended, so this one cannot go on. That one has said why."""
 
 
-LOST = r"(?i)connection (was )?(closed|reset|refused)|broken pipe|remote process exited|socket closed|timed? ?out"
+LOST = r"(?i)connection (was )?(closed|reset|refused)|broken pipe|remote process exited|socket closed"
 
 
 def announce(line: str) -> None:
@@ -123,6 +124,8 @@ def complain(line: str, *, lost: bool = False) -> None:
 
 def relaunch(argv: Sequence[str]) -> str:
     """The command line that goes on with this run. `--`: torchrun would take --n for the beginning of a flag of its own."""
+    if launched_size() > ranks_here():
+        return "the same torchrun command on every node, with --resume"
     program = ["python"] if "RANK" not in os.environ else ["torchrun", "--nproc_per_node", str(ranks_here()), "--"]
     return shlex.join([*program, "selfemo.py", *(a for a in argv if a != "--resume"), "--resume"])
 
@@ -143,7 +146,7 @@ def exchange(value: Value) -> list[Value]:
     longest = max(int(n) for n in lengths)
     texts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(size())]
     dist.all_gather(texts, torch.nn.functional.pad(sent, (0, longest - len(sent))))
-    return [json.loads(bytes(text[: int(n)].tolist())) for text, n in zip(texts, lengths, strict=True)]
+    return [json.loads(text[: int(n)].numpy().tobytes()) for text, n in zip(texts, lengths, strict=True)]
 
 
 def gathered(found: Mapping[int, Value]) -> list[Value]:
@@ -208,11 +211,18 @@ class ShardedPolicy(Policy):
     settings: Mapping[str, Any]
     whole: tuple[Policy, ...] = ()
 
+    @property
+    def device(self) -> torch.device:
+        """Where it computes; the weights of an offloaded one lie in main memory."""
+        where: torch.device = self.settings["where"]
+        return where
+
     @torch.no_grad()
     def sampler(self) -> Policy:
         """All weights, gathered anew from the shards: never those of an earlier update. Every rank must call this."""
         if not self.whole:
             self.whole = (empty(self.lm.config, self.settings["compute"], self.device, like=self),)
+            self.whole[0].lm.generation_config = self.lm.generation_config
         for own, part in zip(self.whole[0].parameters(), self.parameters(), strict=True):
             own.copy_(full(part.detach().to(own.dtype)))
         return self.whole[0]
@@ -243,7 +253,7 @@ def sharded(
     policy = ShardedPolicy(on_meta(config, storage))
     precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=storage)
     kept = CPUOffloadPolicy(pin_memory=where.type == "cuda") if offload else OffloadPolicy()
-    grid = mesh(where)
+    grid = mesh(where.type)
     # The root gives its weights back after a forward too: an optimizer made after an evaluation would hold the whole ones.
     for module in [*blocks(policy), policy]:
         fully_shard(module, mesh=grid, mp_policy=precision, offload_policy=kept, reshard_after_forward=True)
@@ -257,12 +267,13 @@ def blocks(policy: Policy) -> list[nn.Module]:
     return [module for module in policy.lm.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def mesh(where: torch.device) -> DeviceMesh:
+@cache  # each call would open communicators of its own
+def mesh(device_type: str) -> DeviceMesh:
     """The ranks as FSDP sees them: one row, or nodes by ranks of a node."""
     nodes = size() // ranks_here() if "LOCAL_WORLD_SIZE" in os.environ else 1
     if nodes == 1:
-        return init_device_mesh(where.type, (size(),), mesh_dim_names=("shard",))
-    return init_device_mesh(where.type, (nodes, size() // nodes), mesh_dim_names=("replicate", "shard"))
+        return init_device_mesh(device_type, (size(),), mesh_dim_names=("shard",))
+    return init_device_mesh(device_type, (nodes, size() // nodes), mesh_dim_names=("replicate", "shard"))
 
 
 def on_meta(config: PretrainedConfig, dtype: torch.dtype) -> Any:
@@ -323,6 +334,8 @@ def open_policy(path: str | Path, *, activation_checkpointing: bool = False) -> 
         compute = torch.bfloat16 if device().type == "cuda" else torch.float32
         policy = sharded(AutoConfig.from_pretrained(str(path)), compute=compute, where=device())
         fill(policy, source)
+        if source:
+            policy.lm.generation_config = source.lm.generation_config  # for the export: all stop tokens are in it
     if activation_checkpointing:
         checkpoint_blocks(policy)
     return policy

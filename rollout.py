@@ -385,7 +385,7 @@ class Engine:
             new.append(queue.popleft())
         while new:
             pack = [new.pop(0)]
-            while new and sum(len(job.prompt) for job in [*pack, new[0]]) <= PREFILL_TOKENS:
+            while new and (len(pack) + 1) * max(len(job.prompt) for job in [*pack, new[0]]) <= PREFILL_TOKENS:
                 pack.append(new.pop(0))
             self.prefill(pack)
 

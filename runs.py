@@ -7,7 +7,7 @@
     cold_start.jsonl     the answers of the cold start; selfemo_test.jsonl, the frozen SELF-EMO test split (D23)
     checkpoints/         the newest complete one; model/, the result as an ordinary Hugging Face folder
 
-Every random draw of a run is a hash of seed and place (rollout.uniform, selfemo.shuffled), so the position in the run IS the
+Every random draw of a run is a hash of seed and place (rollout.uniform, world.shuffled), so the position in the run IS the
 state of its random numbers. Files that grow are cut back to the checkpoint's offsets on resume.
 """
 
@@ -156,13 +156,13 @@ def write_atomically(path: Path, text: str) -> None:
     sync(path.parent)
 
 
-def written_once(path: Path, make: Callable[[], str]) -> None:
-    """Write a file of the run unless it is there, from rank 0. Afterwards every rank can read it."""
+def made_once(path: Path, make: Callable[[], str]) -> list[Record]:
+    """The records of a file that is made once in a run, from the text that `make` gives. Only rank 0 reads and writes."""
     if not exchange(path.exists())[0]:
         text = make()
         if rank() == 0:
             write_atomically(path, text)
-    wait()
+    return exchange(read_lines(path) if rank() == 0 else [])[0]
 
 
 def sync(path: Path) -> None:
@@ -227,8 +227,11 @@ class Run:
             print(f"[{time.monotonic() - self.started:6.1f} s] {line}", flush=True)
 
     def rescue(self, policy: Policy) -> None:
-        """Save where the run stands in the middle of a step, after a NaN: the step is done again on resume."""
-        if self.learner is not None:
+        """Save where the run stands in the middle of a step, after a NaN: the step is done again on resume.
+
+        Not in the first step of a stage: it begins again from the checkpoint that the stage before it left.
+        """
+        if self.learner is not None and self.position.step > 0:
             save_checkpoint(self, saved_tensors(policy, self.learner))
 
     def count_update(self) -> None:
@@ -491,7 +494,7 @@ def stage_steps(
             save_checkpoint(run, saved_tensors(policy, learner))
         if stop:
             raise Stopped
-    run.position = replace(run.position, stage=stage + 1, step=0)
+    run.position, run.learner = replace(run.position, stage=stage + 1, step=0), None
     save_checkpoint(run, {"weights": weights(policy)})
     if any_rank(run.stop_asked):
         raise Stopped

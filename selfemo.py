@@ -2,7 +2,7 @@
 
     python selfemo.py --preset toy --out runs/toy           the whole paper on a laptop CPU, offline, in three minutes
     python selfemo.py --preset small --model DIR ...        a small pretrained model on real data, on a CPU or one GPU
-    python selfemo.py                                       the paper's setting (Qwen3-8B, Table 12)
+    torchrun --nproc_per_node 8 selfemo.py                  the paper's setting (Qwen3-8B, Table 12)
 
 Where the paper is silent or contradicts itself we decide; every decision (D1-D28) is a row of PAPER.md. The four that
 change a number most: one ratio a token, not a sequence (D2); mean over the tokens of a mini-batch (D3); the sample standard
@@ -12,7 +12,6 @@ Read `self_emo` first: it is Algorithm 1. Equations are in grpo.py, prompts and 
 Shapes: P prompts, B answers prompt-major, T answer tokens (right-padded).
 """
 
-import itertools
 import json
 import math
 import os
@@ -35,7 +34,7 @@ import expert
 import metrics
 import toy
 from asking import open_experts
-from batches import answers_of, micro_batches, tokens_of
+from batches import by_micro_batch
 from config import MAY_DIFFER, PRESETS, Config, parse
 from data import Output, Sample, UserError
 from grpo import advantages, clamped_share, consistency, core_emotions, low_var_kl, policy_loss, reward, token_weights
@@ -47,14 +46,12 @@ from ranks import (
     clip_gradients,
     complain,
     exchange,
-    gathered,
     open_policy,
     peak_memory,
     processes,
     rank,
     relaunch,
     reopen,
-    turns,
     wait,
 )
 from runs import (
@@ -63,13 +60,13 @@ from runs import (
     ScoredGroup,
     Stopped,
     group_record,
+    made_once,
     open_run,
     read_lines,
     read_part,
     save_parts,
     stage_steps,
     weights,
-    written_once,
 )
 from world import (
     COLD_START,
@@ -93,12 +90,11 @@ def self_emo(run: Run, world: World, policy: Policy) -> Policy:
     buffer = open_buffer(run, world)                                                     # 1: B <- D0
     cold_start(run, world, policy)                                                       # 3
     for k in range(1, cfg.iterations + 1):                                               # 4
-        for step, learner in rl_stage(run, world, policy, k):                            # 5
-            t = (k - 1) * world.S + step
-            x = buffer.draw(k, step, cfg)                                                # 6
+        for t in rl_stage(run, world, policy, k):                                        # 5
+            x = buffer.draw(k, t % world.S, cfg)                                         # 6
             y = rollout(run, world, policy, x, t)                                        # 7
             scored = score(world, x, y, world.lam(t), k)                                 # 8: Eqs. 8-13
-            update(run, world, policy, learner, scored, k, t)                            # 9: Eq. 14
+            update(run, world, policy, scored, k, t)                                     # 9: Eq. 14
             buffer = buffer.add(select(run, scored, k))                                  # 12-15: Eq. 7
         retrain(run, world, policy, buffer, k)                                           # 17-18
     return finish(run, world, policy)                                                    # 20
@@ -156,15 +152,13 @@ class Scores:
     ref: list[Tensor]
 
 
-def update(
-    run: Run, world: World, policy: Policy, learner: Learner, scored: Sequence[ScoredGroup], k: int, t: int
-) -> None:
+def update(run: Run, world: World, policy: Policy, scored: Sequence[ScoredGroup], k: int, t: int) -> None:
     """Line 9: the optimizer steps of one RL step, one a mini-batch of prompts; then everything is written down."""
-    cfg, started = world.cfg, time.monotonic()
+    cfg, started, learner = world.cfg, time.monotonic(), run.learner
     groups = [s.group for s in scored]
-    assert learner.reference is not None
+    assert learner is not None and learner.reference is not None
     old, ref = logprobs(policy, groups, cfg), logprobs(learner.reference, groups, cfg)
-    cold = cold_start_logprobs(run, policy, groups, cfg) if k > 1 and t % cfg.eval_every == 0 else ref if k == 1 else None
+    cold = ref if k == 1 else cold_start_logprobs(run, policy, groups, cfg) if t % cfg.eval_every == 0 else None
     version = run.position.updates
     parts = []
     for first in range(0, len(scored), cfg.mini_batch_prompts):
@@ -205,12 +199,9 @@ def mini_batch(
     truncated_B = torch.tensor([not answer.finished for s in scored for answer in s.answers], device=policy.device)
     adv_B = torch.tensor([a for s in scored for a in s.advantages], dtype=torch.float64, device=policy.device)
     learner.optimizer.zero_grad(set_to_none=True)
-    parts = list(micro_batches([s.group for s in scored], cfg.micro_batch))
-    ends = list(itertools.accumulate(answers_of(part) for part in parts))
-    sums: dict[int, dict[str, float]] = {}
-    for i, scale in turns([tokens_of(part) for part in parts]):
-        rows = slice(ends[i] - answers_of(parts[i]), ends[i])
-        logp_BT, entropy_BT = policy(parts[i], temperature=cfg.temperature)
+
+    def compute(part: list[Group], rows: slice, scale: float) -> dict[str, float]:
+        logp_BT, entropy_BT = policy(part, temperature=cfg.temperature)
         old_BT, ref_BT = (pad_sequence(x[rows], batch_first=True) for x in (scores.old, scores.ref))
         w_BT = weight_BT[rows, : logp_BT.shape[1]].to(logp_BT.dtype)
         loss, found = policy_loss(logp_BT, old_BT, adv_B[rows], w_BT, clip_eps=cfg.clip_eps, ratio=cfg.ratio)
@@ -224,9 +215,10 @@ def mini_batch(
             "policy/entropy": (w_BT * entropy_BT).sum(),
             **found,
         }
-        if scale:
-            sums[i] = {name: value.item() for name, value in measured.items()}
-    return {**metrics.added(gathered(sums)), "grad_norm": clip_gradients(policy, MAX_GRAD_NORM)}
+        return {name: value.item() for name, value in measured.items()}
+
+    sums = by_micro_batch([s.group for s in scored], cfg.micro_batch, compute)
+    return {**metrics.added(sums), "grad_norm": clip_gradients(policy, MAX_GRAD_NORM)}
 
 
 MAX_GRAD_NORM = 1.0
@@ -237,17 +229,15 @@ ADAMW: Mapping[str, Any] = {"betas": (0.9, 0.999), "weight_decay": 0.01}
 @torch.no_grad()
 def logprobs(policy: Policy, groups: Sequence[Group], cfg: Config) -> list[Tensor]:
     """Log-probs of every answer under the policy as it stands, one tensor [tokens] an answer."""
-    parts = list(micro_batches(groups, cfg.micro_batch))
-    found: dict[int, list[list[float]]] = {}
-    dtype = torch.float32
-    for i, scale in turns([tokens_of(part) for part in parts]):
-        logp_BT, _ = policy(parts[i], temperature=cfg.temperature)
-        dtype = logp_BT.dtype
-        if scale:
-            answers = [answer for group in parts[i] for answer in group.answers]
-            found[i] = [row[: len(answer)] for row, answer in zip(logp_BT.tolist(), answers, strict=True)]
-    rows = [row for part in gathered(found) for row in part]
-    return [torch.tensor(row, dtype=dtype, device=policy.device) for row in rows]
+
+    def compute(part: list[Group], rows: slice, scale: float) -> list[list[float]]:
+        logp_BT, _ = policy(part, temperature=cfg.temperature)
+        answers = [answer for group in part for answer in group.answers]
+        return [row[: len(answer)] for row, answer in zip(logp_BT.tolist(), answers, strict=True)]
+
+    dtype = torch.promote_types(policy.lm.dtype, torch.float32)
+    found = by_micro_batch(groups, cfg.micro_batch, compute)
+    return [torch.tensor(row, dtype=dtype, device=policy.device) for part in found for row in part]
 
 
 def check_finite(values: Mapping[str, float], t: int, ids: Sequence[str]) -> None:
@@ -310,8 +300,7 @@ def cold_examples(run: Run, world: World, policy: Policy) -> list[Example]:
         run.say(f"cold start ({world.cfg.cold_start}): {len(examples)} answers to {len(world.originals)} prompts")
         return "".join(json.dumps(asdict(x)) + "\n" for x in examples)
 
-    written_once(path, make)
-    return [Example(x["sample_id"], tuple(x["prompt_ids"]), tuple(x["ids"])) for x in read_lines(path)]
+    return [Example(x["sample_id"], tuple(x["prompt_ids"]), tuple(x["ids"])) for x in made_once(path, make)]
 
 
 def own_answers(world: World, policy: Policy) -> list[Example]:
@@ -383,16 +372,15 @@ def sft_step(policy: Policy, learner: Learner, batch: Sequence[Example], cfg: Co
     lengths = [len(x.ids) for x in batch]
     weight_BT = token_weights(lengths, "token", max(lengths)).to(policy.device)
     learner.optimizer.zero_grad(set_to_none=True)
-    parts = list(micro_batches([Group(x.prompt_ids, [x.ids]) for x in batch], cfg.micro_batch))
-    losses: dict[int, float] = {}
-    for i, scale in turns([tokens_of(part) for part in parts]):
-        logp_BT, _ = policy(parts[i])
-        first = i * cfg.micro_batch
-        loss = -(weight_BT[first : first + len(parts[i]), : logp_BT.shape[1]].to(logp_BT.dtype) * logp_BT).sum()
+
+    def compute(part: list[Group], rows: slice, scale: float) -> float:
+        logp_BT, _ = policy(part)
+        loss = -(weight_BT[rows, : logp_BT.shape[1]].to(logp_BT.dtype) * logp_BT).sum()
         (scale * loss).backward()  # type: ignore[no-untyped-call]
-        if scale:
-            losses[i] = loss.item()
-    return {"loss/sft": math.fsum(gathered(losses)), "grad_norm": clip_gradients(policy, MAX_GRAD_NORM)}
+        return float(loss)
+
+    losses = by_micro_batch([Group(x.prompt_ids, [x.ids]) for x in batch], cfg.micro_batch, compute)
+    return {"loss/sft": math.fsum(losses), "grad_norm": clip_gradients(policy, MAX_GRAD_NORM)}
 
 
 def adamw(policy: Policy, lr: float) -> torch.optim.AdamW:
@@ -400,8 +388,8 @@ def adamw(policy: Policy, lr: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(policy.parameters(), lr=lr, **ADAMW)
 
 
-def rl_stage(run: Run, world: World, policy: Policy, k: int) -> Iterator[tuple[int, Learner]]:
-    """The RL steps of iteration k that are still to be done, with evaluations between them."""
+def rl_stage(run: Run, world: World, policy: Policy, k: int) -> Iterator[int]:
+    """The RL steps t of iteration k that are still to be done, with evaluations between them; `run.learner` learns."""
     cfg = world.cfg
 
     def make() -> Learner:
@@ -409,13 +397,13 @@ def rl_stage(run: Run, world: World, policy: Policy, k: int) -> Iterator[tuple[i
             save_parts(run.out / COLD_START_WEIGHTS, {"weights": weights(policy)})
         return Learner(adamw(policy, cfg.lr), policy.frozen_copy(offload=cfg.ref_offload))  # D6
 
-    for step, learner in stage_steps(run, policy, 2 * k - 1, world.S, make, cfg.save_every):
+    for step, _ in stage_steps(run, policy, 2 * k - 1, world.S, make, cfg.save_every):
         t = (k - 1) * world.S + step
         if step == 0:
             evaluate_dev(run, world, policy, k, t, "after the cold start" if k == 1 else f"after SFT {k - 1}")
         elif t % cfg.eval_every == 0:
             evaluate_dev(run, world, policy, k, t, f"RL step {t}")
-        yield step, learner
+        yield t
 
 
 def finish(run: Run, world: World, policy: Policy) -> Policy:
@@ -484,19 +472,18 @@ def task_entropies(
 ) -> dict[str, float]:
     """Mean token entropies of recognition, self-emotion and response over the valid answers (Fig. 6b)."""
     pairs = [(world.encode(s), a) for s, a in zip(samples, answers, strict=True) if isinstance(a.parse, Output)]
-    size = world.cfg.micro_batch
-    parts = [pairs[first : first + size] for first in range(0, len(pairs), size)]
-    groups = [[Group(prompt, [a.ids]) for (prompt, _), a in part] for part in parts]
-    found: dict[int, list[dict[str, float]]] = {}
-    for i, scale in turns([tokens_of(part) for part in groups]) if parts else ():
-        _, entropy_BT = policy(groups[i])
-        if scale:
-            found[i] = [
-                evaluate.task_entropies(entropy_T, a.ids, world.tokenizer, encoded[1], a.parse.spans)
-                for (encoded, a), entropy_T in zip(parts[i], entropy_BT.tolist(), strict=True)
-                if isinstance(a.parse, Output)
-            ]
-    return metrics.means([row for part in gathered(found) for row in part], prefix)
+
+    def compute(part: list[Group], rows: slice, scale: float) -> list[dict[str, float]]:
+        _, entropy_BT = policy(part)
+        return [
+            evaluate.task_entropies(entropy_T, a.ids, world.tokenizer, encoded[1], a.parse.spans)
+            for (encoded, a), entropy_T in zip(pairs[rows], entropy_BT.tolist(), strict=True)
+            if isinstance(a.parse, Output)
+        ]
+
+    groups = [Group(prompt, [a.ids]) for (prompt, _), a in pairs]
+    found = by_micro_batch(groups, world.cfg.micro_batch, compute) if groups else []
+    return metrics.means([row for part in found for row in part], prefix)
 
 
 def self_emo_test(run: Run, world: World, policy: Policy) -> list[Sample]:
@@ -510,8 +497,7 @@ def self_emo_test(run: Run, world: World, policy: Policy) -> list[Sample]:
         children = [child for child in made if isinstance(child, Sample) and world.fits(child)]
         return "".join(json.dumps(data.sample_record(c), ensure_ascii=False) + "\n" for c in children)
 
-    written_once(path, make)
-    return [data.sample_from_record(line) for line in read_lines(path)]
+    return [data.sample_from_record(line) for line in made_once(path, make)]
 
 
 def progress_line(t: int, T: int, values: Mapping[str, Any]) -> str:
@@ -533,8 +519,8 @@ SHOWN: Mapping[str, str] = {
 }
 
 
-def train(cfg: Config) -> None:
-    """One run from start to end, or from its newest checkpoint to the end."""
+def train(cfg: Config) -> bool:
+    """One run from start to end, or from its newest checkpoint to the end. False: a signal stopped it and it is saved."""
     if cfg.model == PRESETS["toy"].model and exchange(not Path(cfg.model).exists())[0]:
         announce("building the toy world in data/toy (once)")
         if rank() == 0:
@@ -556,7 +542,10 @@ def train(cfg: Config) -> None:
         except NotFinite:
             run.rescue(policy)
             raise
+        except Stopped:
+            return False
     run.say(f"done: the model is in {run.out / 'model'}; check the run with: python evaluate.py audit {run.out}")
+    return True
 
 
 def versions() -> dict[str, str]:
@@ -574,18 +563,21 @@ def main(argv: Sequence[str]) -> int:
             announce(plan(cfg))
             return 0
         with processes():
-            train(cfg)
+            finished = train(cfg)
+        if not finished:
+            announce(f"saved; go on with: {again}")
     except UserError as error:
         complain(f"error: {error}")
         return 2
-    except Stopped:
-        announce(f"saved; go on with: {again}")
     except KeyboardInterrupt:
         complain(f"stopped at once; go on from the last checkpoint with: {again}")
         return 130
     except NotFinite as error:
         complain(f"error: {error}; nothing was trained on it; lower --lr and go on with: {again}")
         return 3
+    except torch.OutOfMemoryError as error:
+        complain(f"error: out of memory ({str(error).splitlines()[0]}); see --plan; then go on with: {again}")
+        return 2
     except PeerLost as error:
         complain(f"error: {error}; go on from the last checkpoint with: {again}", lost=True)
         return 1

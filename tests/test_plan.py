@@ -23,10 +23,18 @@ def test_a_place_is_gpus_by_gigabytes(text, count, memory):
     assert place_of(text) == Place(count, int(memory), gpu=True, sharded=True)
 
 
-@pytest.mark.parametrize("text", ["8", "8x", "x80", "0x80", "8x0", "8 80", "eightx80"])
+@pytest.mark.parametrize("text", ["8", "8x", "x80", "0x80", "8x0", "8 80", "eightx80", "0x8x80", "1x2x3x4"])
 def test_other_words_are_a_users_mistake(text):
     with pytest.raises(UserError, match="8x80"):
         place_of(text)
+
+
+def test_nodes_hold_copies_of_each_other():
+    """Two nodes of eight: sixteen ranks, but a weight is cut into eight."""
+    assert place_of("2x8x80") == Place(16, 80 * 10**9, gpu=True, sharded=True, nodes=2)
+    one, two = (estimate(PAPER, plan.config_of("Qwen/Qwen3-8B"), place_of(text)) for text in ("8x80", "2x8x80"))
+    assert two.held == one.held
+    assert two.learning == one.learning
 
 
 def test_this_machine_without_a_gpu_is_one_rank_in_float32(monkeypatch):

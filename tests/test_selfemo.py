@@ -288,13 +288,25 @@ def test_micro_batches_hold_every_answer_once_and_in_order(sizes, most):
 
 
 def test_micro_batches_hold_only_so_many_tokens():
-    """A prompt of 3 and answers of 4: two of them are 11 tokens, the third begins anew with its prompt. An answer that
-    does not fit at all goes alone."""
-    groups = [Group([7, 7, 7], [[1] * 4, [2] * 4, [3] * 4]), Group([8], [[4] * 50])]
-    parts = list(batches.micro_batches(groups, 16, 11))
-    assert [[(len(g.prompt_ids), len(g.answers)) for g in part] for part in parts] == [[(3, 2)], [(3, 1)], [(1, 1)]]
-    assert [batches.tokens_of(part) for part in parts] == [11, 7, 51]
-    assert [batches.answers_of(part) for part in parts] == [2, 1, 1]
+    """A prompt of 3 and answers of 4 are laid out as 7 each: two of them are 14, a third would be 21. An answer that does
+    not fit at all goes alone, and a short one beside a long one is padded: 2 x (1 + 50)."""
+    groups = [Group([7, 7, 7], [[1] * 4, [2] * 4, [3] * 4]), Group([8], [[4] * 50, [5]])]
+    parts = list(batches.micro_batches(groups, 16, 14))
+    shape = [[(len(g.prompt_ids), len(g.answers)) for g in part] for part in parts]
+    assert shape == [[(3, 2)], [(3, 1)], [(1, 1)], [(1, 1)]]
+    assert [batches.tokens_of(part) for part in parts] == [11, 7, 51, 2]
+    assert [batches.answers_of(part) for part in parts] == [2, 1, 1, 1]
+    assert len(list(batches.micro_batches(groups[1:], 16, 102))) == 1
+    assert len(list(batches.micro_batches(groups[1:], 16, 101))) == 2
+
+
+def test_rows_and_results_of_micro_batches_cut_by_tokens_belong_together():
+    """Answers 0-3 of one group and 4 of another, at most 14 tokens at once: rows 0-1, 2-3, 4."""
+    groups = [Group([7, 7, 7], [[i] * 4 for i in range(4)]), Group([8, 8, 8], [[4] * 4])]
+    seen = batches.by_micro_batch(
+        groups, 16, lambda part, rows, scale: ([a[0] for g in part for a in g.answers], rows, scale), 14
+    )
+    assert seen == [([0, 1], slice(0, 2), 1.0), ([2, 3], slice(2, 4), 1.0), ([4], slice(4, 5), 1.0)]
 
 
 # One mini-batch
@@ -461,7 +473,8 @@ def one_update(batch, cfg=CFG, k=1, t=0):
     """A policy after `update`, and the desk that took notes."""
     policy, run = Policy(tiny()), desk()
     w = World(replace(cfg, batch_prompts=len(batch)), None, frozenset({END}), DEFAULT, (sample("a"),) * 6, (), ())
-    selfemo.update(run, w, policy, learner(policy, cfg, policy.frozen_copy()), batch, k, t)
+    run.learner = learner(policy, cfg, policy.frozen_copy())
+    selfemo.update(run, w, policy, batch, k, t)
     return policy, run
 
 
@@ -525,14 +538,21 @@ def test_update_writes_a_record_a_group_with_the_version_of_the_weights():
 
 def test_the_reference_is_the_policy_at_the_start_of_the_rl_stage_and_stays(monkeypatch, tmp_path):
     monkeypatch.setattr(selfemo, "evaluate_dev", lambda *_: None)
-    monkeypatch.setattr(selfemo, "stage_steps", lambda run, policy, stage, total, make, save_every: iter([(0, make())]))
+    learners = []
+
+    def steps(run, policy, stage, total, make, save_every):
+        learners.append(make())
+        return iter([(0, learners[-1])])
+
+    monkeypatch.setattr(selfemo, "stage_steps", steps)
     policy = Policy(tiny())
     cold = tmp_path / "cold_start/weights.safetensors"
-    ((_, first),) = selfemo.rl_stage(desk(tmp_path, stage=1), world(5), policy, 1)
+    assert list(selfemo.rl_stage(desk(tmp_path, stage=1), world(5), policy, 1)) == [0]
     before = cold.read_bytes()
     with torch.no_grad():
         next(policy.parameters()).add_(1)
-    ((_, second),) = selfemo.rl_stage(desk(tmp_path, stage=3), world(5), policy, 2)
+    assert list(selfemo.rl_stage(desk(tmp_path, stage=3), world(5), policy, 2)) == [3]
+    first, second = learners
     assert [torch.equal(*map(lambda p: next(p.parameters()), pair)) for pair in ((first.reference, policy),
             (second.reference, policy))] == [False, True]  # fmt: skip
     assert not any(p.requires_grad for p in second.reference.parameters())
@@ -891,7 +911,7 @@ def test_after_a_nan_in_the_first_step_the_stage_begins_again(place, finished, t
     become those of a policy that has moved. Taken up again it is the run that never failed."""
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(selfemo, "policy_loss", poisoned(3, loss_too=True))  # two micro-batches a mini-batch
+        patch.setattr(selfemo, "policy_loss", poisoned(4, loss_too=True))  # three micro-batches in the first mini-batch
         assert place.run(out)[0] == 3
     assert place.run(out, resume=True)[0] == 0
     assert results(out) == results(finished)

@@ -93,7 +93,7 @@ def plan(cfg: Config) -> str:
 
 
 def place_of(text: str) -> Place:
-    """`8x80`: eight GPUs of 80 GB; `2x8x80`: two nodes of them; nothing: this machine. Raises `UserError` for other words."""
+    """`8x80`: eight GPUs of 80 GB; `2x8x80`: two such nodes; nothing: this machine. Raises `UserError` for other words."""
     if not text:
         here, many = ranks.device(), ranks.launched_size()
         nodes = many // ranks.ranks_here()

@@ -377,7 +377,7 @@ def sft_step(policy: Policy, learner: Learner, batch: Sequence[Example], cfg: Co
         logp_BT, _ = policy(part)
         loss = -(weight_BT[rows, : logp_BT.shape[1]].to(logp_BT.dtype) * logp_BT).sum()
         (scale * loss).backward()  # type: ignore[no-untyped-call]
-        return float(loss)
+        return float(loss.detach())
 
     losses = by_micro_batch([Group(x.prompt_ids, [x.ids]) for x in batch], cfg.micro_batch, compute)
     return {"loss/sft": math.fsum(losses), "grad_norm": clip_gradients(policy, MAX_GRAD_NORM)}

@@ -63,11 +63,9 @@ from runs import (
     made_once,
     open_run,
     read_lines,
-    read_part,
-    save_parts,
     stage_steps,
-    weights,
 )
+from shards import read_part, save_parts, weights
 from world import (
     COLD_START,
     EVALUATION,

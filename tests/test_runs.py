@@ -23,6 +23,7 @@ from torch import nn
 
 import runs
 import selfemo
+import shards
 from data import Failure, Output, Responder, Sample, Selection, Turn, UserError
 from model import Policy
 from runs import (
@@ -33,19 +34,15 @@ from runs import (
     digest,
     group_record,
     jsonl,
-    load_moments,
-    moments,
     newest_checkpoint,
     open_run,
     read_json,
     read_lines,
-    read_part,
     save_checkpoint,
-    save_parts,
     stage_steps,
-    weights,
     write_atomically,
 )
+from shards import load_moments, moments, read_part, save_parts, weights
 from world import Answer
 
 NOTHING = frozenset()
@@ -368,7 +365,7 @@ MOMENTS = {  # where a process is killed: generation, update, records and buffer
     "update": (selfemo, "policy_loss"),
     "fine-tuning": (selfemo, "sft_step"),
     "records": (runs.Run, "append"),
-    "checkpoint": (runs, "save_file"),
+    "checkpoint": (shards, "save_file"),
     "sync": (os, "fsync"),
     "rename": (os, "rename"),
     "tidying": (shutil, "rmtree"),
@@ -569,7 +566,7 @@ def test_no_space_is_one_line_and_the_run_goes_on_later(place, tmp_path, monkeyp
         def no_space(*_):
             raise OSError(28, "No space left on device", "x")
 
-        patch.setattr(runs, "save_file", no_space)
+        patch.setattr(shards, "save_file", no_space)
         status, _, complained = place.run(out, *more)
     assert status == 2
     assert "No space left" in complained and complained.count("\n") == 1

@@ -28,8 +28,9 @@ import selfemo
 from config import Config
 from data import DEFAULT, Failure, Output, Responder, Sample, Selection, Turn, UserError
 from model import Group, Policy
-from runs import Learner, Position, ScoredGroup, weights
+from runs import Learner, Position, ScoredGroup
 from selfemo import Example, Scores, mini_batch
+from shards import weights
 from world import Answer, Buffer, Kept, World, open_world
 
 

@@ -18,10 +18,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Qwe
 
 import ranks
 from batches import longest_micro_batch, tokens_of
+from cache import bucket, cache_bytes
 from config import Config
 from data import UserError
 from model import ATTENTION, HEAD_BYTES, Group, Policy, check_place, user_errors
-from rollout import MAX_ROWS, PREFILL_TOKENS, bucket, cache_bytes
+from rollout import MAX_ROWS, PREFILL_TOKENS
 from world import device_memory
 
 GB = 10**9

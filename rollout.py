@@ -25,12 +25,11 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from cache import DecodeLayout, GroupCache, PrefillLayout, Size, bucket
 from data import UserError
-from model import ATTENTION, Policy, pad, rectangle
+from model import ATTENTION, Policy, pad
 
 Key = tuple[int, int, str]  # (seed, step, sample id)
-Size = tuple[int, int, int, int]  # capacity of a cache: groups, S, rows, T
-BUCKET = 64  # the cache grows by this many tokens
 BLOCK = 128  # tokens of the vocabulary in one entry of the sampler's coarse CDF
 MAX_ROWS = 256  # answers decoded together: the rate still rises up to here
 PREFILL_TOKENS = 12_400  # prompt tokens computed together (Table 12: max_num_batched_tokens)
@@ -191,137 +190,6 @@ class Row:
     answer: int
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-
-
-def head_width(config: Any) -> int:
-    """Width D of an attention head."""
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-
-
-def cache_bytes(config: Any, element_size: int, size: Size) -> int:
-    """Bytes of keys and values with a capacity, counting the layer that is being moved while the cache grows."""
-    slots, S, rows, T = size
-    token = 2 * config.num_key_value_heads * head_width(config) * element_size
-    return int((config.num_hidden_layers + 1) * token * (slots * S + rows * T))
-
-
-class GroupCache:
-    """Keys and values of every layer: `prompt` [slots, K, S, D] once a group, `answer` [rows, K, T, D] beside them.
-
-    The first `groups` slots and the first `rows` rows are in use. Bytes held never exceed `cost` of the capacity.
-    """
-
-    def __init__(self, lm: PreTrainedModel) -> None:
-        """An empty cache for the shapes of `lm`."""
-        self.config: Any = lm.config
-        config = self.config
-        self.layers: int = config.num_hidden_layers
-        self.K: int = config.num_key_value_heads
-        self.D: int = head_width(config)
-        self.like = next(lm.parameters())
-        self.size = (0, 0, 0, 0)  # slots, S, rows, T
-        self.prompt = [(self.zeros(0, 0), self.zeros(0, 0)) for _ in range(self.layers)]
-        self.answer = [(self.zeros(0, 0), self.zeros(0, 0)) for _ in range(self.layers)]
-
-    def zeros(self, rows: int, tokens: int) -> Tensor:
-        """Zeros and not garbage: weight 0 times NaN would still be NaN."""
-        return self.like.new_zeros(rows, self.K, tokens, self.D)
-
-    def cost(self, size: Size) -> int:
-        """Bytes at most held with this capacity, counting the layer that is being moved while the cache grows."""
-        return cache_bytes(self.config, self.like.element_size(), size)
-
-    def resize(self, size: Size) -> None:
-        """Move to a new capacity, keeping what fits, one layer at a time."""
-        slots, S, rows, T = size
-        for layer in range(self.layers):
-            self.prompt[layer] = tuple(self.moved(x, slots, S) for x in self.prompt[layer])  # type: ignore[assignment]
-            self.answer[layer] = tuple(self.moved(x, rows, T) for x in self.answer[layer])  # type: ignore[assignment]
-        self.size = size
-
-    def moved(self, old: Tensor, rows: int, tokens: int) -> Tensor:
-        """`old` cut or zero-padded to [rows, K, tokens, D]; itself where nothing changes."""
-        if (old.shape[0], old.shape[2]) == (rows, tokens):
-            return old
-        new = self.zeros(rows, tokens)
-        r, t = min(rows, old.shape[0]), min(tokens, old.shape[2])
-        new[:r, :, :t] = old[:r, :, :t]
-        return new
-
-    def move_row(self, source: int, target: int) -> None:
-        """Copy an answer over a finished one, so that the rows in use stay the first ones."""
-        for pair in self.answer:
-            for x in pair:
-                x[target] = x[source]
-
-    def move_group(self, source: int, target: int) -> None:
-        """The same for a prompt."""
-        for pair in self.prompt:
-            for x in pair:
-                x[target] = x[source]
-
-
-@dataclass(frozen=True)
-class PrefillLayout:
-    """Prompts attend to themselves, and their keys and values go into the cache at `first`, `first` + 1, ..."""
-
-    cache: GroupCache
-    prompt_PS: Tensor
-    back_N: Tensor
-    first: int
-
-    def attend(self, layer: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, scaling: float) -> Tensor:
-        """See `model.Layout`."""
-        q, k, v = (rectangle(x, self.prompt_PS) for x in (q_NHD, k_NKD, v_NKD))
-        P, S = self.prompt_PS.shape
-        for kept, new in zip(self.cache.prompt[layer], (k, v), strict=True):
-            kept[self.first : self.first + P, :, :S] = new
-        out_PHSD = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
-        return out_PHSD.transpose(1, 2).flatten(0, 1)[self.back_N]
-
-
-@dataclass(frozen=True)
-class DecodeLayout:
-    """One new token of every row attends to its prompt and to its own answer so far.
-
-    `row_PG` says which row stands where in its group (padding: row 0, never read back), `group_R` and `member_R` where a row
-    stands in `row_PG`, `length_R` how many of its tokens are cached, `hide_R11Z` is -inf where a row must not look.
-
-    Z is the whole capacity of the cache. What is not in use is hidden and not cut off: the bf16 products of a CPU copy a
-    block that is not dense, 2-5 x the product's own time.
-    """
-
-    cache: GroupCache
-    row_PG: Tensor
-    group_R: Tensor
-    member_R: Tensor
-    length_R: Tensor
-    hide_R11Z: Tensor
-
-    def attend(self, layer: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, scaling: float) -> Tensor:
-        """See `model.Layout`. The prompt block is one matrix product a group, over all of its answers."""
-        R, P = len(q_NHD), len(self.row_PG)
-        keys_RKTD, values_RKTD = (x[:R] for x in self.cache.answer[layer])
-        at = (torch.arange(R, device=q_NHD.device), slice(None), self.length_R)
-        keys_RKTD[at], values_RKTD[at] = k_NKD, v_NKD
-        keys_PKSD, values_PKSD = (x[:P] for x in self.cache.prompt[layer])
-        q_RKQD = (q_NHD * scaling).unflatten(1, (k_NKD.shape[1], -1))
-        prompt_RKQS = self.by_row(self.by_group(q_RKQD) @ keys_PKSD.transpose(-1, -2))
-        own_RKQT = q_RKQD @ keys_RKTD.transpose(-1, -2)
-        weights_RKQZ = torch.cat([prompt_RKQS, own_RKQT], dim=-1).add_(self.hide_R11Z).softmax(-1)
-        S = keys_PKSD.shape[2]
-        prompt_RKQD = self.by_row(self.by_group(weights_RKQZ[..., :S]) @ values_PKSD)
-        return (prompt_RKQD + weights_RKQZ[..., S:] @ values_RKTD).flatten(1, 2)
-
-    def by_group(self, x_RKQX: Tensor) -> Tensor:
-        """[R, K, Q, X] as [P, K, G * Q, X]."""
-        heads_K1 = torch.arange(x_RKQX.shape[1], device=x_RKQX.device)[:, None]
-        return x_RKQX[self.row_PG[:, None], heads_K1].flatten(2, 3)
-
-    def by_row(self, x_PKYX: Tensor) -> Tensor:
-        """[P, K, G * Q, X] back as [R, K, Q, X]."""
-        x_PKGQX = x_PKYX.view(*x_PKYX.shape[:2], self.row_PG.shape[1], -1, x_PKYX.shape[-1])
-        return x_PKGQX[self.group_R, :, self.member_R]
 
 
 class Engine:
@@ -487,11 +355,6 @@ class Engine:
     def on_device(self, x: Tensor) -> Tensor:
         """`x` where the weights are."""
         return x.to(self.cache.like.device)
-
-
-def bucket(tokens: int) -> int:
-    """`tokens` rounded up to what the cache grows by."""
-    return -(-tokens // BUCKET) * BUCKET
 
 
 def swap_out(items: list[Any], item: Any, move: Callable[[int, int], None]) -> None:

@@ -10,9 +10,10 @@ import torch
 from tiny import V, chain, tiny, tokenizer, with_attention
 
 import rollout
+from cache import GroupCache
 from data import UserError
 from model import ATTENTION, Group, Policy
-from rollout import Completion, Engine, GroupCache, draw, draw_in_blocks, generate, generate_naive, uniform
+from rollout import Completion, Engine, draw, draw_in_blocks, generate, generate_naive, uniform
 
 KINDS = pytest.mark.parametrize("kind", ["qwen3", "llama"])
 EOS = frozenset(range(10, 22))  # 12 of 97 tokens: answers of about 8 tokens, some cut off

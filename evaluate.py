@@ -1,6 +1,7 @@
-"""Scores of a model (Table 1), entropies of the three tasks (Fig. 6), and the audit of a run.
+"""Scores of a model (Table 1), entropies of the three tasks (Fig. 6), and the commands about finished runs.
 
     python evaluate.py score --model DIR --data meld=data/meld [--data ...] --split test
+    python evaluate.py judge RUN --early 0-9 --late 10-19 --judge URL --judge_name NAME
     python evaluate.py audit RUN [--show SAMPLE_ID]
 
 An answer without a valid output is a wrong answer, never a missing one: it is counted and its reason shown (D15).
@@ -13,19 +14,20 @@ import statistics
 import sys
 from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import tyro
 
 import audit
 import data
+from asking import KEPT
 from config import Pairs, Switch
 from data import Failure, Output, Sample, UserError
 from grpo import iou
+from judge import interval, judge_command, sign_test
 from runs import parse_record
 
 if TYPE_CHECKING:
@@ -64,22 +66,16 @@ def mcnemar(correct_a: Sequence[bool], correct_b: Sequence[bool]) -> tuple[int, 
     """(only a right, only b right, exact two-sided p) of two systems on the same samples; p = 1 without a difference."""
     pairs = Counter(zip(correct_a, correct_b, strict=True))
     b, c = pairs[True, False], pairs[False, True]
-    tail = sum(math.comb(b + c, i) for i in range(min(b, c) + 1))
-    return b, c, min(1.0, 2 * tail / 2 ** (b + c))
+    return b, c, sign_test(b, c)
 
 
 def paired_interval(
     correct_a: Sequence[bool], correct_b: Sequence[bool], *, seed: int = 0, draws: int = 10_000
 ) -> tuple[float, float, float]:
-    """Accuracy of a minus accuracy of b and its 95 % bootstrap interval: (difference, low, high).
-
-    Samples are drawn in pairs. A pair counts +1, 0 or -1, so drawing n of them is one multinomial draw.
-    """
+    """Accuracy of a minus accuracy of b and its 95 % bootstrap interval over pairs: (difference, low, high)."""
     b, c, _ = mcnemar(correct_a, correct_b)
     n = len(correct_a)
-    counts = np.random.default_rng(seed).multinomial(n, [b / n, c / n, (n - b - c) / n], size=draws)
-    low, high = np.quantile((counts[:, 0] - counts[:, 1]) / n, [0.025, 0.975])
-    return (b - c) / n, float(low), float(high)
+    return (b - c) / n, *interval(b, c, n - b - c, seed=seed, draws=draws)
 
 
 def top_label(weights: Mapping[str, float]) -> str:
@@ -429,12 +425,19 @@ def audit_command(run: tyro.conf.Positional[Path], show: str | None = None) -> i
 
 
 def main() -> None:
-    """Command line: score or audit."""
+    """Command line. Exit status 2: a mistake of the user's, in one line; 130: stopped, answers that cost are kept."""
+    commands: dict[str, Callable[..., int]] = {"score": score_command, "judge": judge_command, "audit": audit_command}
     try:
-        sys.exit(tyro.extras.subcommand_cli_from_dict({"score": score_command, "audit": audit_command}))
+        sys.exit(tyro.extras.subcommand_cli_from_dict(commands))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        print(f"error: {error.strerror or error} ({error.filename or 'no file'})", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"stopped; {KEPT}", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python evaluate.py score --model DIR --data meld=data/meld [--data ...] --split test
     python evaluate.py judge RUN --early 0-9 --late 10-19 --judge URL --judge_name NAME
+    python evaluate.py personas --run RUN [--plot FILE.svg]
     python evaluate.py audit RUN [--show SAMPLE_ID]
 
 An answer without a valid output is a wrong answer, never a missing one: it is counted and its reason shown (D15).
@@ -24,6 +25,7 @@ import tyro
 import audit
 import data
 from asking import KEPT
+from clusters import personas_command
 from config import Pairs, Switch
 from data import Failure, Output, Sample, UserError
 from grpo import iou
@@ -307,8 +309,9 @@ def prediction_rows(samples: Sequence[Sample], answers: Sequence[tuple[str, bool
     for sample, (text, finished) in zip(samples, answers, strict=True):
         parse = data.parse_output(text, sample.labels, finished=finished)
         scores = score([sample], [parse])
-        row = {"id": sample.id, "gold": dict(sample.gold), "text": text, "finished": finished, "parse": parse_record(parse)}
-        rows.append(row | {"predicted": scores.pred[0], "correct": scores.correct[0], "iou": scores.ious[0]})
+        asked = {"id": sample.id, "persona": sample.responder.persona, "gold": dict(sample.gold)}
+        said = {"text": text, "finished": finished, "parse": parse_record(parse)}
+        rows.append({**asked, **said, "predicted": scores.pred[0], "correct": scores.correct[0], "iou": scores.ious[0]})
     return rows
 
 
@@ -426,7 +429,9 @@ def audit_command(run: tyro.conf.Positional[Path], show: str | None = None) -> i
 
 def main() -> None:
     """Command line. Exit status 2: a mistake of the user's, in one line; 130: stopped, answers that cost are kept."""
-    commands: dict[str, Callable[..., int]] = {"score": score_command, "judge": judge_command, "audit": audit_command}
+    commands: dict[str, Callable[..., int]] = {
+        "score": score_command, "judge": judge_command, "personas": personas_command, "audit": audit_command,
+    }  # fmt: skip
     try:
         sys.exit(tyro.extras.subcommand_cli_from_dict(commands))
     except UserError as error:

@@ -298,6 +298,7 @@ def accepted():
         "selfemo.py": fields("config", "Config"),
         "evaluate.py score": fields("evaluate", "ScoreCommand"),
         "evaluate.py judge": fields("judge", "JudgeCommand"),
+        "evaluate.py personas": fields("clusters", "PersonasCommand"),
         "evaluate.py audit": {"show"},
         "data.py stats": fields("corpora", "StatsCommand"),
         "data.py download": fields("corpora", "DownloadCommand"),

@@ -12,7 +12,7 @@ from endpoint import completion, serving
 import evaluate
 import judge
 import pairing
-from asking import Reply, Unanswered
+from asking import Reply, Unanswered, ask
 from data import Failure, Output, Responder, Sample, Turn, UserError
 from judge import QUESTIONS, interval, judge_chat, outcome, parse_verdict, sign_test, tally, trials
 from pairing import Pair, Said, paired, span
@@ -240,6 +240,15 @@ def test_half_a_verdict_is_none():
     assert (everything["difference"], everything["low"], everything["p"]) == (None, None, 1.0)
 
 
+def test_invalid_pairs_are_no_part_of_the_difference():
+    """Two wins, a loss, and a pair with half a verdict: (2 - 1)/3."""
+    sides = [("late", "late"), ("late", "late"), ("early", "early"), ("late", None)]
+    rows = [{"pair": i, "a": a, "b": b, "verdict": None, "prefers": x}
+            for i, pair in enumerate(sides) for (a, b), x in zip(judge.SIDES, pair, strict=True)]  # fmt: skip
+    found = tally(rows)
+    assert (found["pairs"], found["invalid"], found["difference"]) == (4, 1, pytest.approx(1 / 3))
+
+
 def test_the_table_counts_matches_apart():
     rows = judged(longer, [*PAIRS, Pair(said("Hm."), said("Hm, no."), "persona")])
     text, numbers = judge.table(rows, 0)
@@ -286,12 +295,15 @@ def test_a_run_is_judged_by_two_judges_once(monkeypatch, capsys, finished, tmp_p
 def test_two_models_answer_the_same_prompts(monkeypatch, capsys, place, tmp_path):
     """A model against itself: sampled answers are the same, so a judge of length ties everywhere."""
     pytest.importorskip("openai")
+    heat = []
+    monkeypatch.setattr(pairing, "ask", lambda *asked: heat.append(asked[2].temperature) or ask(*asked))
     words = ["--early", place.root / "base", "--late", place.root / "base", "--data", f"tiny={place.root / 'world'}",
              "--prompts", place.root / "prompts.json", "--max_new_tokens", "24", "--limit", "5"]  # fmt: skip
     with serving(longer) as server:
         judges = ["--judge", server.url, "--judge_name", "m", "--out", tmp_path / "v.jsonl"]
         code, said_, _ = command(monkeypatch, capsys, *words, *judges)
     numbers = json.loads(said_.splitlines()[-1])["judged"]
+    assert heat == [1.0, 1.0]  # the answers are sampled, the judge is greedy
     assert code == 0 and [n["tie"] for n in numbers] == [n["pairs"] for n in numbers] and numbers[0]["pairs"] >= 3
 
 

@@ -372,6 +372,8 @@ def averaged(rows: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, flo
 
 def score_command(command: tyro.conf.OmitArgPrefixes[ScoreCommand]) -> int:
     """Score a model on labelled splits (Table 1)."""
+    if not command.model or not command.data:
+        raise UserError("give --model and --data NAME=DIR")
     for path in (command.out.parent if command.out else None, command.gold, command.prompts):
         if path is not None and not path.exists():
             raise UserError(f"{path} does not exist")

@@ -471,6 +471,12 @@ def test_personas_of_a_file_are_shown_and_kept(monkeypatch, folder):
     assert {sample.responder.persona for sample in hidden} == {None}
 
 
+@pytest.mark.parametrize("words", [("--model", "m"), ("--data", "a=b"), ()])
+def test_nothing_to_score_or_to_score_on(monkeypatch, capsys, words):
+    code, _, errors = run(monkeypatch, capsys, "score", *words)
+    assert code == 2 and errors == ["error: give --model and --data NAME=DIR"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 Chat = list[dict[str, str]]
 GIVE_UP = 8  # requests in a row without an answer, after which the endpoint is taken to be down
-STOP = {401: "check the key", 402: "the account is empty", 403: "check the key", 404: "check --expert and --expert_model"}
+STOP = {401: "check the key", 402: "the account is empty", 403: "check the key", 404: "check the URL and the model's name"}
 MAX_BODY = 2**25  # bytes of a response that are read
 CHUNK = 32  # prompts that a local expert answers between two writes to the cache
 
@@ -199,7 +199,7 @@ def library() -> Any:
     try:
         import openai
     except ImportError:
-        raise UserError("--expert URL needs the openai package: pip install -r requirements-extra.txt") from None
+        raise UserError("an endpoint needs the openai package: pip install -r requirements-extra.txt") from None
     return openai
 
 
@@ -271,29 +271,35 @@ class Local:
                     kv_budget=device_memory(policy.device) // 2,
                 )
             except FloatingPointError as error:
-                raise UserError(f"{self.folder}: {error}; take another --expert") from None
+                raise UserError(f"{self.folder}: {error}; take another model") from None
             for i, ((ids, prefix), (said,)) in enumerate(zip(encoded, groups, strict=True)):
                 text = data.answer_text(self.tokenizer, said.ids, stops, prefix)
                 keep(first + i, Reply(text[: data.MAX_BYTES + 1], said.finished, (len(ids), len(said.ids))))
 
 
-def open_experts(places: Sequence[str], models: Sequence[str] = (), prices: Sequence[str] = ()) -> list[Expert]:
-    """The experts of the flags --expert, --expert_model (one an endpoint, in order) and --price.
+def open_experts(
+    places: Sequence[str],
+    models: Sequence[str] = (),
+    prices: Sequence[str] = (),
+    *,
+    flags: tuple[str, str] = ("--expert", "--expert_model"),
+) -> list[Expert]:
+    """The experts of two flags, for places and for names (one an endpoint, in order), and of --price.
 
     The n-th expert's key is the environment variable OPENAI_API_KEY_n, else OPENAI_API_KEY. Raises `UserError`.
     """
     urls = [place for place in places if re.match(r"https?://", place)]
     if not places or len(urls) != len(models):
-        raise UserError(f"{len(places)} --expert, {len(urls)} of them URLs, and {len(models)} --expert_model: one a URL")
+        raise UserError(f"{len(places)} {flags[0]}, {len(urls)} of them URLs, and {len(models)} {flags[1]}: one a URL")
     if prices and len(prices) != len(places):
-        raise UserError(f"{len(prices)} --price and {len(places)} --expert: give one each, in the same order")
+        raise UserError(f"{len(prices)} --price and {len(places)} {flags[0]}: give one each, in the same order")
     named, found = iter(models), list[Expert]()
     for n, place in enumerate(places, 1):
         price = read_price(prices[n - 1]) if prices else (0.0, 0.0)
         if place in urls:
             parts = urlsplit(place)
             if not parts.hostname or "@" in parts.netloc or parts.query:
-                raise UserError("--expert URL is scheme, host and path alone; a key comes from OPENAI_API_KEY")
+                raise UserError(f"{flags[0]} URL is scheme, host and path alone; a key comes from OPENAI_API_KEY")
             library()
             key = os.environ.get(f"OPENAI_API_KEY_{n}") or os.environ.get("OPENAI_API_KEY", "")
             found.append(Endpoint(next(named), place, price, key))

@@ -1,6 +1,8 @@
-"""Scores of a model (Table 1), entropies of the three tasks (Fig. 6), and the audit of a run.
+"""Scores of a model (Table 1), entropies of the three tasks (Fig. 6), and the commands about finished runs.
 
     python evaluate.py score --model DIR --data meld=data/meld [--data ...] --split test
+    python evaluate.py judge RUN --early 0-9 --late 10-19 --judge URL --judge_name NAME
+    python evaluate.py personas --run RUN [--plot FILE.svg]
     python evaluate.py audit RUN [--show SAMPLE_ID]
 
 An answer without a valid output is a wrong answer, never a missing one: it is counted and its reason shown (D15).
@@ -13,20 +15,23 @@ import statistics
 import sys
 from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import tyro
 
 import audit
 import data
+from asking import KEPT, Settings
+from clusters import personas_command
 from config import Pairs, Switch
 from data import Failure, Output, Sample, UserError
 from grpo import iou
+from judge import interval, judge_command, sign_test
 from runs import parse_record
+from table1 import Answers, asked, endpoints, generated, rendered, spread
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,22 +69,16 @@ def mcnemar(correct_a: Sequence[bool], correct_b: Sequence[bool]) -> tuple[int, 
     """(only a right, only b right, exact two-sided p) of two systems on the same samples; p = 1 without a difference."""
     pairs = Counter(zip(correct_a, correct_b, strict=True))
     b, c = pairs[True, False], pairs[False, True]
-    tail = sum(math.comb(b + c, i) for i in range(min(b, c) + 1))
-    return b, c, min(1.0, 2 * tail / 2 ** (b + c))
+    return b, c, sign_test(b, c)
 
 
 def paired_interval(
     correct_a: Sequence[bool], correct_b: Sequence[bool], *, seed: int = 0, draws: int = 10_000
 ) -> tuple[float, float, float]:
-    """Accuracy of a minus accuracy of b and its 95 % bootstrap interval: (difference, low, high).
-
-    Samples are drawn in pairs. A pair counts +1, 0 or -1, so drawing n of them is one multinomial draw.
-    """
+    """Accuracy of a minus accuracy of b and its 95 % bootstrap interval over pairs: (difference, low, high)."""
     b, c, _ = mcnemar(correct_a, correct_b)
     n = len(correct_a)
-    counts = np.random.default_rng(seed).multinomial(n, [b / n, c / n, (n - b - c) / n], size=draws)
-    low, high = np.quantile((counts[:, 0] - counts[:, 1]) / n, [0.025, 0.975])
-    return (b - c) / n, float(low), float(high)
+    return (b - c) / n, *interval(b, c, n - b - c, seed=seed, draws=draws)
 
 
 def top_label(weights: Mapping[str, float]) -> str:
@@ -207,10 +206,13 @@ class ScoreCommand:
     that share two or more lines of six or more words with one dialogue of those train splits (D24).
     """
 
-    model: str
-    """Hugging Face folder of a chat model."""
+    model: Pairs
+    """Hugging Face folder of a chat model, trained here or not (zero-shot), or an endpoint (https://host/v1). Repeatable:
+    then the mean and the sample standard deviation stand beside."""
     data: Pairs
-    """NAME=DIR of a dataset; repeatable."""
+    """NAME=DIR of a dataset; repeatable: then an average stands beside."""
+    model_name: Pairs = ()
+    """Model name at an endpoint, one a URL, in order; keys as in expert.py."""
     split: Literal["train", "dev", "test"] = "test"
     """Split to answer."""
     limit: int | None = None
@@ -219,14 +221,20 @@ class ScoreCommand:
     """0 is greedy."""
     max_new_tokens: int = 8192
     """Longest answer, in tokens (Table 12); a longer one is cut and so fails the rule."""
-    seed: int = 0
-    """Of the shuffle, the sampling and the bootstrap."""
+    seed: tuple[int, ...] = (0,)
+    """Of the sampling, one or several (--seed 0 1 2); the first also of the shuffle and the bootstrap."""
+    concurrency: int = 8
+    """Requests to an endpoint under way at once."""
+    cache: Path | None = None
+    """Answers of endpoints that are there already. Default: FILE.cache beside --out."""
+    table: Literal["text", "markdown", "latex"] | None = None
+    """Print accuracy and W-F1 of all models as Table 1 has them."""
     kv_budget: int | None = None
     """Bytes for keys and values. Default: half of the device's memory (Table 12)."""
     lenient: tyro.conf.FlagConversionOff[Switch] = False
     """Show beside the strict reading what accepting the last dictionary anywhere in an answer would score."""
     out: Path | None = None
-    """Write every answer, its reading and its score there (JSONL)."""
+    """Write every answer, its reading and its score there (JSONL); of several models or seeds in FILE-1, FILE-2, ..."""
     baseline: Path | None = None
     """Answers another model wrote with --out: paired comparison (exact McNemar test, bootstrap interval)."""
     gold: Path | None = None
@@ -237,22 +245,28 @@ class ScoreCommand:
     """Turns of IEMOCAP in the context: labelled ones as the benchmarks, or all."""
     soft_labels: tyro.conf.FlagConversionOff[Switch] = False
     """Annotators' votes as gold, where a release has them (D14)."""
+    personas: Path | None = None
+    """Personas to show (JSONL of expert.py)."""
+    persona_scope: Literal["none", "context", "dialogue"] = "none"
+    """Which of them dev and test show (D28)."""
 
 
 def _datasets(command: ScoreCommand) -> dict[str, list[Sample]]:
     """The samples to score, dataset by dataset, in the order of the files."""
     chosen = {}
     gold = data.read_gold(command.gold) if command.gold else {}
+    known = data.read_personas(command.personas) if command.personas else None
     votes = data.with_votes(dict.fromkeys(entry.partition("=")[0] for entry in command.data), command.soft_labels)
     for entry in command.data:
         name, _, root = entry.partition("=")
         if not root or name in chosen:
             raise UserError(f"--data {entry}: give NAME=DIR, every name once")
         dialogues = data.load(name, root, command.split, context=command.context, soft_labels=votes[name])
-        samples = data.samples(dialogues, data.label_set(name, root))
+        labels = data.label_set(name, root)
+        samples = data.samples(dialogues, labels, personas=known, persona_scope=command.persona_scope)
         mine = {key: weights for key, weights in gold.items() if key.startswith(f"{name}/{command.split}/")}
         samples = data.with_gold(samples, mine) if mine else samples
-        shuffled = random.Random(f"{command.seed}/{name}").sample(range(len(samples)), len(samples))
+        shuffled = random.Random(f"{command.seed[0]}/{name}").sample(range(len(samples)), len(samples))
         chosen[name] = [samples[i] for i in sorted(shuffled[: command.limit])]
         if not chosen[name]:
             raise UserError(f"--data {entry}: the {command.split} split has no labelled turn to score")
@@ -271,48 +285,15 @@ def unclean(command: ScoreCommand) -> set[str] | None:
     return data.overlap(scored, train) if command.split != "train" else None
 
 
-def _answer(command: ScoreCommand, datasets: Mapping[str, Sequence[Sample]]) -> dict[str, list[tuple[str, bool]]]:
-    """One answer a sample, (text, finished), generated in one call a dataset."""
-    import torch
-
-    from model import Policy, eos_ids, load_tokenizer
-    from rollout import generate
-    from world import device_memory
-
-    prompts = data.read_prompts(command.prompts) if command.prompts else data.DEFAULT
-    tokenizer = load_tokenizer(command.model)
-    stops = eos_ids(command.model, tokenizer)
-    gpu = torch.cuda.is_available()
-    policy = Policy.load(command.model, torch.bfloat16 if gpu else torch.float32, "cuda" if gpu else "cpu").eval()
-    answers = {}
-    for name, samples in datasets.items():
-        encoded = [data.encode(tokenizer, sample, prompts) for sample in samples]
-        groups = generate(
-            policy,
-            [ids for ids, _ in encoded],
-            n=1,
-            max_new_tokens=command.max_new_tokens,
-            temperature=command.temperature,
-            eos_ids=stops,
-            keys=[(command.seed, 0, sample.id) for sample in samples],
-            kv_budget=command.kv_budget or device_memory(policy.device) // 2,
-            progress=True,
-        )
-        answers[name] = [
-            (data.answer_text(tokenizer, completion.ids, stops, prefix), completion.finished)
-            for (completion,), (_, prefix) in zip(groups, encoded, strict=True)
-        ]
-    return answers
-
-
 def prediction_rows(samples: Sequence[Sample], answers: Sequence[tuple[str, bool]]) -> list[dict[str, Any]]:
     """What --out keeps, one row a sample: id, gold, the text of the answer, how it reads and what that earns."""
     rows = []
     for sample, (text, finished) in zip(samples, answers, strict=True):
         parse = data.parse_output(text, sample.labels, finished=finished)
         scores = score([sample], [parse])
-        row = {"id": sample.id, "gold": dict(sample.gold), "text": text, "finished": finished, "parse": parse_record(parse)}
-        rows.append(row | {"predicted": scores.pred[0], "correct": scores.correct[0], "iou": scores.ious[0]})
+        asked = {"id": sample.id, "persona": sample.responder.persona, "gold": dict(sample.gold)}
+        said = {"text": text, "finished": finished, "parse": parse_record(parse)}
+        rows.append({**asked, **said, "predicted": scores.pred[0], "correct": scores.correct[0], "iou": scores.ious[0]})
     return rows
 
 
@@ -391,21 +372,53 @@ def averaged(rows: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, flo
 
 def score_command(command: tyro.conf.OmitArgPrefixes[ScoreCommand]) -> int:
     """Score a model on labelled splits (Table 1)."""
+    if not command.model or not command.data:
+        raise UserError("give --model and --data NAME=DIR")
     for path in (command.out.parent if command.out else None, command.gold, command.prompts):
         if path is not None and not path.exists():
             raise UserError(f"{path} does not exist")
     datasets = _datasets(command)
-    baseline = read_baseline(command.baseline, datasets) if command.baseline else None
-    answers = _answer(command, datasets)
-    text, numbers = report(
-        datasets, answers, lenient=command.lenient, baseline=baseline, seed=command.seed, unclean=unclean(command)
-    )
-    if command.out:
-        rows = [row for name in datasets for row in prediction_rows(datasets[name], answers[name])]
-        command.out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    settings = {"model": command.model, "split": command.split, "temperature": command.temperature, "seed": command.seed}
-    print(text + "\n" + json.dumps(settings | numbers))
+    baseline, left_out = read_baseline(command.baseline, datasets) if command.baseline else None, unclean(command)
+    titles, runs = list[str](), list[dict[str, Any]]()
+    for (model, seed), answers in _all_answers(command, datasets):
+        text, numbers = report(
+            datasets, answers, lenient=command.lenient, baseline=baseline, seed=command.seed[0], unclean=left_out
+        )
+        titles.append(f"{model}, seed {seed}" if len(command.seed) > 1 else model)
+        runs.append({"model": model, "split": command.split, "temperature": command.temperature, "seed": seed} | numbers)
+        print(f"{titles[-1]}\n{text}\n")
+        if command.out:
+            rows = [row for name in datasets for row in prediction_rows(datasets[name], answers[name])]
+            several = len(command.model) * len(command.seed) > 1
+            path = command.out.with_stem(f"{command.out.stem}-{len(runs)}") if several else command.out
+            path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    scores = [run["scores"] for run in runs]
+    if len(runs) > 1 or command.table:
+        print(rendered(command.table or "text", titles, scores, [*datasets, *(["average"] if len(datasets) > 1 else [])]))
+    means, stds = spread(scores) if len(runs) > 1 else ({}, {})
+    print(json.dumps(runs[0] if len(runs) == 1 else {"runs": runs, "mean": means, "std": stds}))
     return 0
+
+
+def _all_answers(
+    command: ScoreCommand, datasets: Mapping[str, Sequence[Sample]]
+) -> Iterator[tuple[tuple[str, int], Answers]]:
+    """The answers of every model with every seed; what is wrong with the flags is said before the first."""
+    places, cache = endpoints(command.model, command.model_name), command.cache
+    if len(command.seed) > 1 and command.temperature == 0:
+        raise UserError("several --seed with --temperature 0: greedy answers know no seed; give a temperature")
+    if places and cache is None:
+        if command.out is None:
+            raise UserError("--model URL: give --out FILE or --cache FILE, where answers that cost are kept")
+        cache = command.out.with_name(f"{command.out.name}.cache")
+    prompts = data.read_prompts(command.prompts) if command.prompts else data.DEFAULT
+    for model in command.model:
+        for seed in command.seed:
+            settings = Settings(command.temperature, command.max_new_tokens, seed, command.concurrency)
+            if model in places and cache is not None:
+                yield (places[model].name, seed), asked(places[model], datasets, prompts, settings, cache)
+            else:
+                yield (model, seed), generated(model, datasets, prompts, settings, command.kv_budget)
 
 
 # The audit command
@@ -429,12 +442,21 @@ def audit_command(run: tyro.conf.Positional[Path], show: str | None = None) -> i
 
 
 def main() -> None:
-    """Command line: score or audit."""
+    """Command line. Exit status 2: a mistake of the user's, in one line; 130: stopped, answers that cost are kept."""
+    commands: dict[str, Callable[..., int]] = {
+        "score": score_command, "judge": judge_command, "personas": personas_command, "audit": audit_command,
+    }  # fmt: skip
     try:
-        sys.exit(tyro.extras.subcommand_cli_from_dict({"score": score_command, "audit": audit_command}))
+        sys.exit(tyro.extras.subcommand_cli_from_dict(commands))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        print(f"error: {error.strerror or error} ({error.filename or 'no file'})", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"stopped; {KEPT}", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

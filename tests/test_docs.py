@@ -297,6 +297,8 @@ def accepted():
     return {
         "selfemo.py": fields("config", "Config"),
         "evaluate.py score": fields("evaluate", "ScoreCommand"),
+        "evaluate.py judge": fields("judge", "JudgeCommand"),
+        "evaluate.py personas": fields("clusters", "PersonasCommand"),
         "evaluate.py audit": {"show"},
         "data.py stats": fields("corpora", "StatsCommand"),
         "data.py download": fields("corpora", "DownloadCommand"),
@@ -409,7 +411,7 @@ def test_files_of_a_run_are_those_of_the_readme(finished):
     tops = {name.partition("/")[0] for name in listed if "/" not in name.rstrip("/") or name.startswith("rollouts/")}
     assert {path.name for path in finished.iterdir()} - {"tensorboard"} <= {name.rstrip("/") for name in tops}
     missing = {n for n in listed if re.fullmatch(r"[\w]+\.(json|jsonl|safetensors)", n) and not (finished / n).exists()}
-    assert missing == {"expert.jsonl"}  # this run asked no expert
+    assert missing == {"expert.jsonl", "judge.jsonl"}  # this run asked no expert and no judge
 
 
 # The repository

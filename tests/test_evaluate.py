@@ -5,6 +5,8 @@ import sys
 
 import pytest
 import tiny
+from conftest import lines
+from endpoint import completion, serving
 from test_iemocap import release
 
 import evaluate
@@ -25,6 +27,7 @@ from evaluate import (
     top_label,
     weighted_f1,
 )
+from table1 import rendered, spread
 
 LABELS = ("neutral", "joy", "anger")
 GOLD = ["neutral", "neutral", "neutral", "joy", "joy", "anger"]
@@ -321,6 +324,10 @@ def folder(tmp_path):
 
 def command(monkeypatch, capsys, folder, *arguments):
     words = ["score", "--model", folder / "model", "--data", f"a={folder / 'a'}", "--max_new_tokens", "3", *arguments]
+    return run(monkeypatch, capsys, *words)
+
+
+def run(monkeypatch, capsys, *words):
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
     with pytest.raises(SystemExit) as end:
         evaluate.main()
@@ -383,7 +390,7 @@ def test_limit_takes_the_same_samples_every_time_and_gold_replaces_labels(folder
     fields = {"model": "", "data": (f"a={folder / 'a'}",)}
     first = evaluate._datasets(evaluate.ScoreCommand(**fields, limit=2))["a"]
     assert first == evaluate._datasets(evaluate.ScoreCommand(**fields, limit=2))["a"] and len(first) == 2
-    seeds = [evaluate._datasets(evaluate.ScoreCommand(**fields, limit=2, seed=i))["a"] for i in range(9)]
+    seeds = [evaluate._datasets(evaluate.ScoreCommand(**fields, limit=2, seed=(i,)))["a"] for i in range(9)]
     ids = [[sample.id for sample in drawn] for drawn in seeds]
     assert any(drawn != ids[0] for drawn in ids) and all(drawn == sorted(drawn) for drawn in ids)
     (folder / "gold.jsonl").write_text('{"id": "a/test/d/1", "weights": {"neutral": 1.0}}\n', encoding="utf-8")
@@ -393,9 +400,90 @@ def test_limit_takes_the_same_samples_every_time_and_gold_replaces_labels(folder
         evaluate._datasets(evaluate.ScoreCommand(**fields, split="dev", gold=folder / "gold.jsonl"))
 
 
+def test_several_models_and_seeds_are_scored_with_mean_and_spread(monkeypatch, capsys, folder):
+    """Two folders, two seeds: four lines, four files. A random model has 0 everywhere, so the spread is 0, too."""
+    more = ("--model", folder / "model", "--seed", "3", "4", "--temperature", "1", "--table", "markdown", "--limit", "2")
+    code, out, _ = command(monkeypatch, capsys, folder, *more, "--out", folder / "scores.jsonl")
+    numbers = json.loads(out.splitlines()[-1])
+    assert code == 0 and [run["seed"] for run in numbers["runs"]] == [3, 4, 3, 4]
+    assert numbers["mean"]["a"]["acc"] == numbers["std"]["a"]["acc"] == 0.0
+    texts = [[row["text"] for row in lines(folder / f"scores-{n}.jsonl")] for n in (1, 2, 3, 4)]
+    assert texts[0] == texts[2] != texts[1] == texts[3]
+    assert out.splitlines()[-2] == "| mean +- std | 0.00 +- 0.00 | 0.00 +- 0.00 |"
+
+
+def test_an_endpoint_is_scored_once(monkeypatch, capsys, folder):
+    """It says joy to two samples that are joy and one that is neutral: 2/3. The second call asks nothing."""
+    pytest.importorskip("openai")
+    monkeypatch.setenv("NO_PROXY", "*")
+    with serving(lambda body, number: completion(answer("{'joy': 1.0}"))) as server:
+        words = ["score", "--model", server.url, "--model_name", "m", "--data", f"a={folder / 'a'}"]
+        ends = [run(monkeypatch, capsys, *words, "--out", folder / "o.jsonl") for _ in range(2)]
+        assert len(server.seen) == 3 and server.seen[0]["temperature"] == 0.0
+    for code, out, _ in ends:
+        numbers = json.loads(out.splitlines()[-1])
+        assert code == 0 and numbers["model"] == "m" and numbers["scores"]["a"]["acc"] == pytest.approx(2 / 3)
+    assert [row["predicted"] for row in lines(folder / "o.jsonl")] == ["joy"] * 3 and (folder / "o.jsonl.cache").exists()
+
+
+def test_a_sample_without_an_answer_is_no_wrong_answer(monkeypatch, capsys, folder):
+    pytest.importorskip("openai")
+    monkeypatch.setenv("NO_PROXY", "*")
+    refused = (500, b"", {"x-should-retry": "false"})
+    with serving(lambda body, number: refused if number == 2 else completion(answer())) as server:
+        words = ["score", "--model", server.url, "--model_name", "m", "--data", f"a={folder / 'a'}", "--cache", folder / "c"]
+        code, _, errors = run(monkeypatch, capsys, *words)
+        assert code == 2 and "1 samples have no answer (HTTP 500" in errors[0]
+        assert run(monkeypatch, capsys, *words)[0] == 0 and len(server.seen) == 4
+
+
+RUNS = [{"a": {"acc": 0.5, "wf1": 0.4}, "average": {"acc": 0.7, "wf1": 0.2}},
+        {"a": {"acc": 0.6, "wf1": 0.4}, "average": {"acc": 0.7, "wf1": 0.3}}]  # fmt: skip
+
+
+def test_mean_and_spread_by_hand():
+    """.5 and .6: mean .55, deviation sqrt(2 * .05^2/1) = .070711. A row that one run lacks is left out."""
+    means, stds = spread([{**RUNS[0], "a, clean": {"acc": 1.0, "wf1": 1.0}}, RUNS[1]])
+    assert means["a"] == pytest.approx({"acc": 0.55, "wf1": 0.4}) and stds["a"]["acc"] == pytest.approx(0.070711, abs=1e-6)
+    assert list(means) == list(stds) == ["a", "average"]
+
+
+def test_table_1_in_three_forms():
+    shown = rendered("markdown", ["x|y", "z"], RUNS, ["a", "average"]).splitlines()
+    assert shown[0] == "|  | a Acc. | a W-F1 | AVG Acc. | AVG W-F1 |"
+    assert shown[2] == r"| x\|y | 50.00 | 40.00 | 70.00 | 20.00 |"
+    assert shown[4] == "| mean +- std | 55.00 +- 7.07 | 40.00 +- 0.00 | 70.00 +- 0.00 | 25.00 +- 7.07 |"
+    assert len(rendered("markdown", ["z"], RUNS[1:], ["a"]).splitlines()) == 3
+    shown = rendered("latex", ["x_y", "50%"], RUNS, ["a"]).splitlines()
+    assert shown[0] == r"\begin{tabular}{lrr}" and shown[4] == r"x\_y & 50.00 & 40.00 \\" and shown[5].startswith(r"50\% &")
+    assert shown[6] == r"mean $\pm$ std & 55.00 $\pm$ 7.07 & 40.00 $\pm$ 0.00 \\"
+    assert rendered("text", ["z"], RUNS[1:], ["a"]).splitlines() == ["  a Acc. a W-F1", "z  60.00  40.00"]
+
+
+def test_personas_of_a_file_are_shown_and_kept(monkeypatch, folder):
+    person = {"dialogue": "a/test/d", "speaker": "y", "persona": "a calm clerk", "expert": "e"}
+    (folder / "p.jsonl").write_text(json.dumps(person) + "\n", encoding="utf-8")
+    fields = {"model": (), "data": (f"a={folder / 'a'}",), "personas": folder / "p.jsonl"}
+    shown = evaluate._datasets(evaluate.ScoreCommand(**fields, persona_scope="dialogue"))["a"]
+    rows = evaluate.prediction_rows(shown, [(answer(), True)] * 3)
+    assert [row["persona"] for row in rows] == ["a calm clerk", None, "a calm clerk"]
+    hidden = evaluate._datasets(evaluate.ScoreCommand(**fields))["a"]
+    assert {sample.responder.persona for sample in hidden} == {None}
+
+
+@pytest.mark.parametrize("words", [("--model", "m"), ("--data", "a=b"), ()])
+def test_nothing_to_score_or_to_score_on(monkeypatch, capsys, words):
+    code, _, errors = run(monkeypatch, capsys, "score", *words)
+    assert code == 2 and errors == ["error: give --model and --data NAME=DIR"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("--seed", "0", "1"), "greedy answers know no seed"),
+        (("--model", "https://h/v1"), "1 --model, 1 of them URLs, and 0 --model_name"),
+        (("--model_name", "m"), "0 --model, 0 of them URLs, and 1 --model_name"),
+        (("--model", "https://h/v1", "--model_name", "m"), "give --out FILE or --cache FILE"),
         (("--data", "b"), "give NAME=DIR"),
         (("--data", "a=elsewhere"), "every name once"),
         (("--data", "b=/nowhere/at/all"), "/nowhere/at/all"),

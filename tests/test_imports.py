@@ -21,7 +21,8 @@ sys.path.insert(0, "")
 """
 CORE = """
 import runpy
-import asking, config, data, evaluate, expert, grpo, metrics, model, rollout, runs, toy, world
+import asking, clusters, config, data, evaluate, expert, grpo, judge, metrics, model, pairing, rollout, runs, table1, toy
+import vectors, world
 assert runs.tensorboard(__import__("pathlib").Path("nowhere")) is None
 sys.argv = ["selfemo.py", "--help"]
 runpy.run_path("selfemo.py", run_name="__main__")

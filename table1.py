@@ -1,0 +1,122 @@
+"""Table 1: the answers of folders and endpoints to score, mean and spread over several, and the table itself.
+
+The command is `python evaluate.py score`.
+"""
+
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import data
+from asking import Expert, Settings, Unanswered, ask, open_cache, open_experts
+from data import Prompts, Sample, UserError
+
+Metrics = Mapping[str, Mapping[str, float]]  # row (a dataset, `average`, ...) -> metric -> value
+Answers = dict[str, list[tuple[str, bool]]]  # dataset -> (text, finished) a sample
+
+
+def endpoints(models: Sequence[str], names: Sequence[str]) -> dict[str, Expert]:
+    """Those of --model that are URLs, with the names of --model_name in order. Raises `UserError`."""
+    urls = [place for place in models if re.match(r"https?://", place)]
+    if not urls and not names:
+        return {}
+    return dict(zip(urls, open_experts(urls, names, flags=("--model", "--model_name")), strict=True))
+
+
+def asked(
+    model: Expert, datasets: Mapping[str, Sequence[Sample]], prompts: Prompts, settings: Settings, cache: Path
+) -> Answers:
+    """One answer of an endpoint a sample. Raises `UserError` if any is missing: what was not heard cannot be wrong."""
+    chats = {name: [data.messages(s, prompts, model.control) for s in samples] for name, samples in datasets.items()}
+    with open_cache(cache) as known:
+        replies = {name: ask(model, part, settings, known) for name, part in chats.items()}
+    missing = [reply.why for part in replies.values() for reply in part if isinstance(reply, Unanswered)]
+    if missing:
+        raise UserError(f"{len(missing)} samples have no answer ({missing[0]}): the same command asks for those again")
+    heard = {name: [r for r in part if not isinstance(r, Unanswered)] for name, part in replies.items()}
+    return {name: [(reply.text, reply.finished) for reply in part] for name, part in heard.items()}
+
+
+def generated(
+    folder: str, datasets: Mapping[str, Sequence[Sample]], prompts: Prompts, settings: Settings, kv_budget: int | None
+) -> Answers:
+    """One answer of a local model a sample, in one call a dataset. Raises `UserError` where it cannot be opened."""
+    import torch
+
+    from model import Policy, eos_ids, load_tokenizer
+    from rollout import generate
+    from world import device_memory
+
+    tokenizer = load_tokenizer(folder)
+    stops = eos_ids(folder, tokenizer)
+    gpu = torch.cuda.is_available()
+    policy = Policy.load(folder, torch.bfloat16 if gpu else torch.float32, "cuda" if gpu else "cpu").eval()
+    answers: Answers = {}
+    for name, samples in datasets.items():
+        encoded = [data.encode(tokenizer, sample, prompts) for sample in samples]
+        groups = generate(
+            policy,
+            [ids for ids, _ in encoded],
+            n=1,
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            eos_ids=stops,
+            keys=[(settings.seed, 0, sample.id) for sample in samples],
+            kv_budget=kv_budget or device_memory(policy.device) // 2,
+            progress=True,
+        )
+        answers[name] = [
+            (data.answer_text(tokenizer, completion.ids, stops, prefix), completion.finished)
+            for (completion,), (_, prefix) in zip(groups, encoded, strict=True)
+        ]
+    return answers
+
+
+def spread(runs: Sequence[Metrics]) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
+    """Mean and sample standard deviation (n - 1) of every metric of every row that all runs have, over two or more runs."""
+    common = [row for row in runs[0] if all(row in run for run in runs)]
+    values = {row: {name: [run[row][name] for run in runs] for name in runs[0][row]} for row in common}
+    means = {row: {name: statistics.fmean(x) for name, x in metrics.items()} for row, metrics in values.items()}
+    stds = {row: {name: statistics.stdev(x) for name, x in metrics.items()} for row, metrics in values.items()}
+    return means, stds
+
+
+def cells(sets: Sequence[str], scores: Metrics, stds: Metrics | None = None, sign: str = "+-") -> list[str]:
+    """Accuracy and weighted F1 of each set in percent, with spread where there is one."""
+    found = []
+    for name in sets:
+        for metric in ("acc", "wf1"):
+            around = f" {sign} {100 * stds[name][metric]:.2f}" if stds else ""
+            found.append(f"{100 * scores[name][metric]:.2f}{around}")
+    return found
+
+
+def rendered(
+    form: Literal["text", "markdown", "latex"], titles: Sequence[str], runs: Sequence[Metrics], sets: Sequence[str]
+) -> str:
+    """Table 1: a line a model (and seed), and their mean and spread where there are several. `sets`: rows of the scores."""
+    sign = r"$\pm$" if form == "latex" else "+-"
+    lines = [[escaped(form, title), *cells(sets, run)] for title, run in zip(titles, runs, strict=True)]
+    if len(runs) > 1:
+        means, stds = spread(runs)
+        lines.append([f"mean {sign} std", *cells(sets, means, stds, sign)])
+    names = ["AVG" if name == "average" else escaped(form, name) for name in sets]
+    head = ["", *(f"{name} {metric}" for name in names for metric in ("Acc.", "W-F1"))]
+    if form == "markdown":
+        rule = ["---", *["---:"] * (len(head) - 1)]
+        return "\n".join(f"| {' | '.join(line)} |" for line in [head, rule, *lines])
+    if form == "latex":
+        first, *body = (" & ".join(line) + r" \\" for line in [head, *lines])
+        start, end = rf"\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}", r"\end{tabular}"
+        return "\n".join([start, r"\toprule", first, r"\midrule", *body, r"\bottomrule", end])
+    widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
+    return "\n".join(" ".join(f"{x:>{w}}" for x, w in zip(line, widths, strict=True)) for line in [head, *lines])
+
+
+def escaped(form: str, text: str) -> str:
+    """A name that the form's own signs cannot break."""
+    if form == "latex":
+        return re.sub(r"[\\{}$&#%_^~]", lambda m: rf"\{m[0]}" if m[0] in "{}$&#%_" else rf"\char{ord(m[0])}{{}}", text)
+    return text.replace("|", r"\|") if form == "markdown" else text

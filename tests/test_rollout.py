@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny import V, chain, tiny, tokenizer, with_attention
 
+import cache
 import rollout
 from cache import GroupCache
 from data import UserError
@@ -147,7 +148,7 @@ def test_any_lengths_rows_and_budget_give_the_naive_answers():
         budget = None if slack is None else TOKEN * (longest + n * answers + slack)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(rollout, "MAX_ROWS", rows)
-            patch.setattr(rollout, "BUCKET", step)
+            patch.setattr(cache, "BUCKET", step)
             patch.setattr(rollout, "PREFILL_TOKENS", 7)
             spy = Spy(patch)
             ours = generate(policy, prompts, kv_budget=budget, **settings)
@@ -218,7 +219,7 @@ def test_a_tight_budget_drops_the_youngest_group_and_redraws_its_answers(everyth
     """The longest prompt takes 12 tokens of capacity, its 3 answers of at most 14 tokens 16 each: 60 in steps of 4,
     12 + 42 = 54 in steps of 1. Up to a few groups' worth, groups must be dropped; held bytes stay within the budget."""
     policy, whole = everything
-    monkeypatch.setattr(rollout, "BUCKET", 1 if tokens == 55 else 4)
+    monkeypatch.setattr(cache, "BUCKET", 1 if tokens == 55 else 4)
     assert_same(generate(policy, PROMPTS, keys=KEYS, kv_budget=TOKEN * tokens, **SETTINGS), whole)
     assert spy.drops > 0
     assert spy.not_youngest == 0
@@ -229,7 +230,7 @@ def test_a_tight_budget_drops_the_youngest_group_and_redraws_its_answers(everyth
 def test_a_dropped_group_may_have_finished_answers(monkeypatch, spy):
     """They are drawn again, equal, and counted once."""
     policy = Policy(tiny())
-    monkeypatch.setattr(rollout, "BUCKET", 4)
+    monkeypatch.setattr(cache, "BUCKET", 4)
     prompts, keys = [[1, 2, 3]] * 8, [(0, 0, str(i)) for i in range(8)]
     settings = {"n": 3, "max_new_tokens": 24, "temperature": 1.0, "eos_ids": EOS, "keys": keys}
     expected = generate(policy, prompts, **settings)
@@ -241,7 +242,7 @@ def test_a_dropped_group_may_have_finished_answers(monkeypatch, spy):
 def test_a_budget_too_small_for_one_group_is_a_users_mistake(monkeypatch, spy):
     """Prompt of 3 and two answers of 6 in steps of 1: 15 tokens x 768 = 11,520 bytes (prompt of 1: 9,984). The check
     comes before any work, also when the prompt that does not fit is the last one."""
-    monkeypatch.setattr(rollout, "BUCKET", 1)
+    monkeypatch.setattr(cache, "BUCKET", 1)
     policy = Policy(tiny())
     settings = {"n": 2, "max_new_tokens": 6, "temperature": 1.0, "eos_ids": EOS}
     with pytest.raises(UserError) as caught:

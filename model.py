@@ -35,6 +35,7 @@ from transformers import (
 from data import UserError
 
 ATTENTION = "selfemo"  # the name under which transformers finds our attention
+SMALL = 10_000_000  # parameters
 HEAD_BYTES = 2**26  # logits that exist at once; a larger head is cut into chunks that backward computes again
 
 
@@ -328,6 +329,16 @@ def user_errors(what: str) -> Iterator[None]:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         mend = "give a Hugging Face folder (config.json, *.safetensors, tokenizer) or a hub name"
         raise UserError(f"{what}: {first}; {mend}") from error
+
+
+def few_threads(policy: Policy) -> None:
+    """Let a small model on a CPU compute on one thread, unless OMP_NUM_THREADS says otherwise.
+
+    Its products are over before a second thread has begun; beside other work, waiting for that thread doubles the time.
+    """
+    small = sum(p.numel() for p in policy.parameters()) < SMALL
+    if small and policy.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:

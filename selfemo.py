@@ -38,7 +38,7 @@ from batches import by_micro_batch
 from config import MAY_DIFFER, PRESETS, Config, parse
 from data import Output, Sample, UserError
 from grpo import advantages, clamped_share, consistency, core_emotions, low_var_kl, policy_loss, reward, token_weights
-from model import Group, Policy, quiet_transformers
+from model import Group, Policy, few_threads, quiet_transformers
 from plan import plan
 from ranks import (
     PeerLost,
@@ -528,8 +528,9 @@ def train(cfg: Config) -> bool:
     if cfg.cold_start == "expert" and not (Path(cfg.out) / "cold_start.jsonl").exists():
         open_experts(cfg.expert, cfg.expert_model)  # what is wrong there is said before anything is written
     world = open_world(cfg)
-    settings = {**asdict(cfg), "S": world.S, "T": cfg.iterations * world.S, "versions": versions()}
     policy = open_policy(cfg.model, activation_checkpointing=cfg.activation_checkpointing)
+    few_threads(policy)
+    settings = {**asdict(cfg), "S": world.S, "T": cfg.iterations * world.S, "versions": versions()}
     run = open_run(Path(cfg.out), json.loads(json.dumps(settings)), resume=cfg.resume, may_differ=MAY_DIFFER)
     if run.loaded is not None:
         read_part(run.loaded, "weights", weights(policy))

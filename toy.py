@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 import data
 import evaluate
 from config import PRESETS
-from model import ATTENTION, Group, Policy, quiet_transformers
+from model import ATTENTION, Group, Policy, few_threads, quiet_transformers
 from world import EVALUATION, open_world, shuffled
 from world import answer as answers_of
 
@@ -361,6 +361,7 @@ def _new_policy(tokenizer: PreTrainedTokenizerFast) -> Policy:
 
 def _teach(policy: Policy, lessons: Iterator[Group], steps: int) -> None:
     """Supervised training, the learning rate rising over a tenth of the steps and then falling to 0."""
+    few_threads(policy)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=LR, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = LambdaLR(optimizer, lambda step: min((step + 1) / (0.1 * steps), (steps - step) / (0.9 * steps)))
     for _ in range(steps):

@@ -269,6 +269,21 @@ def test_pad_is_on_the_right():
     assert pad([[1, 2, 3], [0], range(4, 6)], value=9).tolist() == [[1, 2, 3], [0, 9, 9], [4, 5, 9]]
 
 
+def test_a_small_model_computes_on_one_thread_unless_told_otherwise(monkeypatch):
+    """Also on a machine with many: a second thread costs such a model more than it brings."""
+    asked = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    model.few_threads(Policy(tiny()))
+    assert asked == []
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    model.few_threads(Policy(tiny()))
+    assert asked == [1]
+    monkeypatch.setattr(model, "SMALL", 1000)
+    model.few_threads(Policy(tiny()))
+    assert asked == [1]
+
+
 def test_frozen_copy_is_apart_and_without_gradients():
     policy = Policy(tiny())
     other = policy.frozen_copy()

@@ -51,6 +51,7 @@ class GroupCache:
         self.D: int = head_width(config)
         self.like = next(lm.parameters())
         self.size = (0, 0, 0, 0)  # slots, S, rows, T
+        self.version = 0  # how often tensors have moved
         self.prompt = [(self.zeros(0, 0), self.zeros(0, 0)) for _ in range(self.layers)]
         self.answer = [(self.zeros(0, 0), self.zeros(0, 0)) for _ in range(self.layers)]
 
@@ -68,6 +69,7 @@ class GroupCache:
         for layer in range(self.layers):
             self.prompt[layer] = tuple(self.moved(x, slots, S) for x in self.prompt[layer])  # type: ignore[assignment]
             self.answer[layer] = tuple(self.moved(x, rows, T) for x in self.answer[layer])  # type: ignore[assignment]
+        self.version += size != self.size
         self.size = size
 
     def moved(self, old: Tensor, rows: int, tokens: int) -> Tensor:
@@ -128,6 +130,11 @@ class DecodeLayout:
     member_R: Tensor
     length_R: Tensor
     hide_R11Z: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that changes from step to step."""
+        return self.row_PG, self.group_R, self.member_R, self.length_R, self.hide_R11Z
 
     def attend(self, layer: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, scaling: float) -> Tensor:
         """See `model.Layout`. The prompt block is one matrix product a group, over all of its answers."""

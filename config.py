@@ -130,6 +130,8 @@ class Config:
     """Keep the reference in main memory between its layers' turns (Table 12: ref.param_offload)."""
     activation_checkpointing: Switch = True
     """Keep of every block only its input in a forward and compute the rest again in backward: less memory, more time."""
+    compile: Switch = False
+    """torch.compile for the blocks that learn; on a GPU, CUDA graphs for decode steps. Not run on a GPU yet."""
     eval_every: int = 10
     """RL steps between evaluations on dev (Table 12: test_freq); each stage begins with one anyway."""
     save_every: int = 480

@@ -31,10 +31,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from model import ATTENTION, Policy
+from model import ATTENTION, Policy, attention
 
 Value = TypeVar("Value")
 
@@ -370,6 +370,13 @@ def checkpoint_blocks(policy: Policy) -> None:
         warnings.simplefilter("ignore", FutureWarning)  # the name that both versions of transformers know is on its way out
         policy.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     policy.lm.train()
+
+
+def compile_blocks(policy: Policy) -> None:
+    """Compile the blocks in training (torch.compile; attention stays as it is). The first updates wait for the compiler."""
+    AttentionInterface.register(ATTENTION, torch.compiler.disable(attention))
+    for block in blocks(policy):
+        block.compile(dynamic=True)
 
 
 def clip_gradients(policy: Policy, most: float) -> float:

@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from transformers import PreTrainedModel
 
 from cache import DecodeLayout, GroupCache, PrefillLayout, Size, bucket
 from data import UserError
+from fast import Record, RecordedSteps, packed_weights
 from model import ATTENTION, Policy, pad
 
 Key = tuple[int, int, str]  # (seed, step, sample id)
@@ -144,18 +146,21 @@ def generate(
     keys: Sequence[Key],
     kv_budget: int | None = None,
     progress: bool = False,
+    record: Record | None = None,
 ) -> list[list[Completion]]:
     """Sample n answers to each prompt; the answers of prompt i are element i.
 
     `keys` names each prompt's random streams. `kv_budget` (bytes, None = no limit) is never exceeded by keys and values:
-    over it, the youngest group is dropped and queued again, and its streams redraw the same answers. Nothing outlives the
-    call. Raises ValueError for empty prompts or settings out of range, `UserError` if one group does not fit the budget.
+    over it, the youngest group is dropped and queued again, and its streams redraw the same answers. `record`
+    (`fast.cuda_graph`) records decode steps and replays them. Nothing outlives the call. Raises ValueError for empty
+    prompts or settings out of range, `UserError` if one group does not fit the budget.
     """
     if n < 1 or max_new_tokens < 1 or temperature < 0 or len(keys) != len(prompts) or not all(map(len, prompts)):
         raise ValueError("generate needs n >= 1, max_new_tokens >= 1, temperature >= 0, and a key and tokens a prompt")
     lm = model.lm if isinstance(model, Policy) else model
-    with torch.no_grad(), group_attention(lm), tqdm(total=n * len(prompts), disable=not progress, unit="answer") as bar:
-        engine = Engine(lm, n, max_new_tokens, temperature, frozenset(eos_ids), kv_budget)
+    bar = tqdm(total=n * len(prompts), disable=not progress, unit="answer")
+    with torch.no_grad(), group_attention(lm), packed_weights(lm), bar:
+        engine = Engine(lm, n, max_new_tokens, temperature, frozenset(eos_ids), kv_budget, record)
         return engine.run([Job(i, tuple(p), k) for i, (p, k) in enumerate(zip(prompts, keys, strict=True))], bar)
 
 
@@ -196,11 +201,19 @@ class Engine:
     """The groups being decoded. `groups` and `rows` stand in the order of the cache's slots and rows."""
 
     def __init__(
-        self, lm: PreTrainedModel, n: int, max_new: int, temperature: float, eos: frozenset[int], budget: int | None
+        self,
+        lm: PreTrainedModel,
+        n: int,
+        max_new: int,
+        temperature: float,
+        eos: frozenset[int],
+        budget: int | None,
+        record: Record | None = None,
     ) -> None:
         """Nothing is computed yet."""
         self.lm, self.n, self.max_new, self.temperature, self.eos, self.budget = lm, n, max_new, temperature, eos, budget
         self.cache = GroupCache(lm)
+        self.recorded = RecordedSteps(partial(next_logits, lm), self.cache, n, record) if record else None
         self.groups: list[Job] = []
         self.rows: list[Row] = []
         self.done: dict[tuple[int, int], Completion] = {}
@@ -271,7 +284,8 @@ class Engine:
         back = [row * prompt_PS.shape[1] + s for row, length in enumerate(lengths) for s in range(length)]
         layout = PrefillLayout(self.cache, self.on_device(prompt_PS), self.on_device(torch.tensor(back)), first)
         positions = [s for length in lengths for s in range(length)]
-        hidden_ND = self.forward([token for job in jobs for token in job.prompt], positions, layout)
+        ids = [token for job in jobs for token in job.prompt]
+        hidden_ND = self.forward(self.tensor(ids), self.tensor(positions), layout)
         logits_PV = self.head(hidden_ND[self.on_device(ends - 1)])
         starts = [(p, a) for p, job in enumerate(jobs) for a in range(self.n) if (job.index, a) not in self.done]
         rows = [Row(jobs[p], a) for p, a in starts]
@@ -280,12 +294,10 @@ class Engine:
 
     def step(self) -> None:
         """One more token for every row."""
-        hidden_RD = self.forward(
-            [row.ids[-1] for row in self.rows],
-            [len(row.job.prompt) + len(row.ids) - 1 for row in self.rows],
-            self.layout(),
-        )
-        self.extend(self.rows, self.head(hidden_RD))
+        ids = [row.ids[-1] for row in self.rows]
+        positions = [len(row.job.prompt) + len(row.ids) - 1 for row in self.rows]
+        given = (self.tensor(ids), self.tensor(positions), self.layout())
+        self.extend(self.rows, self.recorded(*given) if self.recorded else self.head(self.forward(*given)))
 
     def layout(self) -> DecodeLayout:
         """Where the rows stand in their groups, and what each of them sees."""
@@ -338,23 +350,37 @@ class Engine:
         grown = tuple(map(max, need, self.cache.size))
         return next((size for size in (grown, need) if self.fits(size)), None)  # type: ignore[arg-type,return-value]
 
-    def forward(self, ids: Sequence[int], positions: Sequence[int], layout: PrefillLayout | DecodeLayout) -> Tensor:
+    def forward(self, ids_N: Tensor, positions_N: Tensor, layout: PrefillLayout | DecodeLayout) -> Tensor:
         """Hidden states [N, D] of a stream of tokens."""
-        body: Any = self.lm.base_model
-        ids_1N, positions_1N = (self.on_device(torch.tensor(x))[None] for x in (ids, positions))
-        hidden_1ND: Tensor = body(
-            input_ids=ids_1N, position_ids=positions_1N, use_cache=False, layout=layout
-        ).last_hidden_state
-        return hidden_1ND[0]
+        return hidden_states(self.lm, ids_N, positions_N, layout)
 
     def head(self, hidden_RD: Tensor) -> Tensor:
         """Logits [R, V]."""
         logits_RV: Tensor = self.lm.get_output_embeddings()(hidden_RD)
         return logits_RV
 
+    def tensor(self, numbers: Sequence[int]) -> Tensor:
+        """Numbers where the weights are."""
+        return self.on_device(torch.tensor(numbers))
+
     def on_device(self, x: Tensor) -> Tensor:
-        """`x` where the weights are."""
-        return x.to(self.cache.like.device)
+        """`x` where the weights are. A GPU fetches it from pinned memory while Python goes on."""
+        device = self.cache.like.device
+        return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
+def hidden_states(lm: PreTrainedModel, ids_N: Tensor, positions_N: Tensor, layout: PrefillLayout | DecodeLayout) -> Tensor:
+    """Hidden states [N, D] of a stream of tokens."""
+    body: Any = lm.base_model
+    given = {"input_ids": ids_N[None], "position_ids": positions_N[None], "use_cache": False, "layout": layout}
+    hidden_1ND: Tensor = body(**given).last_hidden_state
+    return hidden_1ND[0]
+
+
+def next_logits(lm: PreTrainedModel, ids_R: Tensor, positions_R: Tensor, layout: DecodeLayout) -> Tensor:
+    """Logits [R, V] after one more token of every row."""
+    logits_RV: Tensor = lm.get_output_embeddings()(hidden_states(lm, ids_R, positions_R, layout))
+    return logits_RV
 
 
 def swap_out(items: list[Any], item: Any, move: Callable[[int, int], None]) -> None:

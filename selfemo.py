@@ -44,6 +44,7 @@ from ranks import (
     PeerLost,
     announce,
     clip_gradients,
+    compile_blocks,
     complain,
     exchange,
     open_policy,
@@ -530,6 +531,8 @@ def train(cfg: Config) -> bool:
     world = open_world(cfg)
     policy = open_policy(cfg.model, activation_checkpointing=cfg.activation_checkpointing)
     few_threads(policy)
+    if cfg.compile:
+        compile_blocks(policy)
     settings = {**asdict(cfg), "S": world.S, "T": cfg.iterations * world.S, "versions": versions()}
     run = open_run(Path(cfg.out), json.loads(json.dumps(settings)), resume=cfg.resume, may_differ=MAY_DIFFER)
     if run.loaded is not None:

@@ -15,6 +15,7 @@ import torch
 import data
 from config import Config, pairs
 from data import Failure, Output, Sample, UserError
+from fast import cuda_graph
 from grpo import lam
 from model import Policy, eos_ids, load_tokenizer
 from ranks import announce, exchange, gathered, rank, ranks_here, share
@@ -136,6 +137,7 @@ def answer(
             keys=[keys[i] for i in mine],
             kv_budget=world.cfg.kv_budget or device_memory(policy.device) // 2,
             progress=sys.stderr.isatty() and rank() == 0,
+            record=cuda_graph if world.cfg.compile and policy.device.type == "cuda" else None,
         )
         trouble = ""
     except FloatingPointError as error:

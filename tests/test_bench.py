@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from data import UserError
-from tools.bench import GROWTH, QUICK, WORKLOADS, A, Settings, chosen, prompts, ratios, table
+from tools.bench import GROWTH, QUICK, STEP, WORKLOADS, A, B, Settings, can, chosen, prompts, ratios, table
 
 ROOT = Path(__file__).parent.parent
 OURS = {"seconds": [2.0, 1.0, 4.0], "cpu_s": [1.0, 2.0, 3.0], "peak_mib": 100}
@@ -39,6 +39,12 @@ def test_workloads_by_name():
     assert chosen(Settings(quick=True)) == list(QUICK)
     with pytest.raises(UserError, match="rollout-c"):
         chosen(Settings(("rollout-c",)))
+
+
+def test_who_does_what():
+    """TRL steps, the others answer, and a budget of bytes is ours alone."""
+    assert [can("trl", STEP), can("trl", A), can("vllm", B), can("vllm", STEP)] == [True, False, True, False]
+    assert not can("vllm", WORKLOADS["kv_mib-64"])
 
 
 def test_a_quick_run_prints_a_table_and_a_line_a_row(tmp_path):

@@ -45,6 +45,7 @@ class Workload:
     n: int
     max_new_tokens: int
     micro_batch: int = 16
+    kv_mib: int = 0  # most memory for keys and values, ours alone; 0 = no limit
 
 
 A = Workload("rollout-a", "rollout", 8, 180, 8, 128)
@@ -57,6 +58,7 @@ GROWTH = (
     *(replace(SHORT, name=f"n-{x}", n=x) for x in (1, 4, 8, 32)),
     *(replace(SHORT, name=f"prompt_tokens-{x}", prompt_tokens=x) for x in (100, 500, 2000)),
     *(replace(SHORT, name=f"max_new_tokens-{x}", max_new_tokens=x) for x in (64, 256, 1024)),
+    *(replace(SHORT, name=f"kv_mib-{x}", prompts=32, kv_mib=x) for x in (64, 128, 256, 512)),
 )
 QUICK = (Workload("quick-rollout", "rollout", 8, 100, 8, 32), Workload("quick-step", "step", 4, 100, 8, 32))
 WORKLOADS = {w.name: w for w in (A, B, STEP, ONE, *GROWTH)}
@@ -163,12 +165,17 @@ def samples(name: str, root: str) -> list[data.Sample]:
 def measure(work: Workload, cfg: Settings, opened: Sequence[Side]) -> list[dict[str, Any]]:
     """One row a side. The sides take turns, so that a slow minute of the machine falls on all of them."""
     job = {**asdict(work), "prompts": prompts(work, cfg)}
-    able = [side for side in opened if side.name == "selfemo" or (side.name == "trl") == (work.task == "step")]
+    able = [side for side in opened if side.name == "selfemo" or can(side.name, work)]
     for side in able:
         side.run({**job, "max_new_tokens": min(8, work.max_new_tokens)})
     turns = [[side.run(job) for side in able] for _ in range(cfg.repeats)]
     rows = [row(side, work, cfg, [turn[i] for turn in turns]) for i, side in enumerate(able)]
     return [{**r, **ratios(rows[0], r)} for r in rows]
+
+
+def can(peer: str, work: Workload) -> bool:
+    """Whether a peer does such work: steps are TRL's, rollouts are the others', a budget in bytes is nobody's."""
+    return (peer == "trl") == (work.task == "step") and not work.kv_mib
 
 
 def row(side: Side, work: Workload, cfg: Settings, found: Sequence[dict[str, Any]]) -> dict[str, Any]:

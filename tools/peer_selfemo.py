@@ -34,9 +34,8 @@ def open_side(model: str, dtype: str) -> Any:
 def rollout(policy: Policy, job: Job) -> list[list[Completion]]:
     """Answers of full length."""
     keys = [(0, 0, str(i)) for i in range(len(job["prompts"]))]
-    return generate(
-        policy, job["prompts"], n=job["n"], max_new_tokens=job["max_new_tokens"], temperature=1.0, eos_ids=(), keys=keys
-    )
+    settings = {"n": job["n"], "max_new_tokens": job["max_new_tokens"], "kv_budget": job["kv_mib"] * 2**20 or None}
+    return generate(policy, job["prompts"], temperature=1.0, eos_ids=(), keys=keys, **settings)
 
 
 def step(policy: Policy, job: Job) -> Found:

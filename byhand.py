@@ -42,7 +42,8 @@ def chapter(run: Path, sample_id: str) -> str:
         parts[1:1] = [prompt(record, update)]
         parts += [policies(record, update, config), tokens(record, update, config), logits(record, update, config)]
     else:
-        parts.append(para(f"The update is not here: `python -m tools.replay {run} {sample_id} --out DIR` measures it."))
+        how = f"python -m tools.replay {run.as_posix()} {sample_id} --out DIR"
+        parts.append(["The update (Eq. 14) is not here. This measures it:", "", "```", how, "```"])
     return "\n\n".join("\n".join(part) for part in (*parts, choice(record))) + "\n"
 
 

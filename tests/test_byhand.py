@@ -65,7 +65,8 @@ def test_the_record_is_what_follows_from_its_texts():
         "| neutral | A7 1.0000 | 1.000000 | — |",
         "| A2 | fear, joy | 2/3 | 0.666667 |",
         # 3 * 1.1 + 2 * .581481 + 2 * .1 + 0 = 4.662963; squares 3 * .267424 + 2 * 2e-6 + 2 * .233164 + .339737
-        "- r: mean 4.662963 / 8 = 0.582870; squared distances from it sum to 1.608338; the root of 1.608338 / 7 is 0.479336.",
+        "- r: mean 4.662963 / 8 = 0.582870; squared distances from it sum to 1.608338; the root of 1.608338 / 7 is "
+        "0.479336.",
         # 1.078844 + .15 * .846111 = 1.205761; -1.215994 - .15 * 1.410185 = -1.427522
         "| A0 | 1.100000 | 1.078844 | 0.666667 | 0.846111 | **1.205761** |",
         "| A4 | 0.000000 | -1.215994 | 0.000000 | -1.410185 | **-1.427522** |",
@@ -103,7 +104,7 @@ def test_the_slopes_of_all_logits_sum_to_nothing():
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_replay_meets_the_run_in_the_middle_of_a_step(finished, number):
-    """Step 2 of the tiny run, mini-batches of 3 and 2 prompts: the largest ratio of the groups is the one that was logged."""
+    """Step 2 of the tiny run, mini-batches of 3 and 2 prompts: the largest ratio of the groups is the one that it logged."""
     logged = next(x for x in lines(finished / "metrics.jsonl") if x["phase"] == "rl" and x["step"] == 2)
     records = [r for r in lines(finished / "rollouts" / "iteration-1.jsonl") if r["step"] == 2]
     largest = 0.0

@@ -14,6 +14,7 @@ from grpo import (
     iou,
     lam,
     low_var_kl,
+    normalised,
     policy_loss,
     reward,
     token_weights,
@@ -48,6 +49,12 @@ def test_eq_10_has_its_ends_at_0_and_1():
     assert iou({"joy": 1.0}, {"anger": 1.0}) == 0.0
     assert iou({"joy": 0.2, "fear": 0.2}, {"joy": 1.0, "fear": 1.0}) == 1.0
     assert iou({"joy": 1.0, "fear": 1.0}, {"joy": 1.0}) == pytest.approx(1 / 3, abs=1e-15)
+
+
+def test_eq_9_on_the_gold_of_table_8():
+    """.85 + .45 + .25 = 1.55: .85/1.55 = .548387, .45/1.55 = .290323, .25/1.55 = .161290. One weight alone is all: 1."""
+    assert normalised(GOLD_A) == pytest.approx({"neutral": 0.548387, "surprise": 0.290323, "fear": 0.161290}, abs=1e-6)
+    assert normalised({"joy": 0.1}) == {"joy": 1.0}
 
 
 @pytest.mark.parametrize("bad", [{}, {"joy": 0.0}, {"joy": -0.1, "fear": 1.0}, {"joy": math.nan}, {"joy": math.inf}])

@@ -1,7 +1,7 @@
 """What a reader of a run should stop at: each check looks at the RL lines of metrics.jsonl and says what it found and means.
 
-"Early" and "late" are means over the first and the last fifth of the RL steps. Limits are rules of thumb; README's table of
-metrics says what else to look at.
+"Early" and "late" are means over the first and the last fifth of the RL steps. Limits are rules of thumb; docs/runs.md says
+what else to look at, docs/curves.md shows runs that raise them.
 """
 
 from collections.abc import Mapping, Sequence

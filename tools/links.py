@@ -46,7 +46,7 @@ def found(file: str) -> dict[str, int]:
 
 
 def equations() -> dict[str, tuple[str, int]]:
-    """"Eq. (13), left" -> file and line of the comment that opens with it."""
+    """ "Eq. (13), left" -> file and line of the comment that opens with it."""
     comments = {}
     for path in sorted(ROOT.glob("*.py")):
         for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
@@ -106,7 +106,8 @@ def main(argv: Sequence[str]) -> int:
     for document in DOCUMENTS if argv else ():
         path = ROOT / document
         path.write_text(linked(path.read_text(encoding="utf-8"), "../" * document.count("/")), encoding="utf-8")
-    print("\n".join([*problems, f"{len(problems)} lines {'renewed' if argv else 'to renew: python -m tools.links --write'}"]))
+    done = "renewed" if argv else "to renew: python -m tools.links --write"
+    print("\n".join([*problems, f"{len(problems)} lines {done}"]))
     return 1 if problems and not argv else 0
 
 

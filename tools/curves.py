@@ -8,6 +8,7 @@ The pictures follow the reader's light or dark scheme and carry their own backgr
 
 import json
 import math
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,8 +25,9 @@ from tools.charts import HEIGHT, LEFT, RIGHT, WIDTH, Chart, Drawing, Series, Tim
 from tools.report import place
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "curves"
-DROPPED = ("time/", "memory/", "rollout/", "buffer/", "policy/kl_cold_start")  # of a run, not of what it learned
-EVALS = ("eval/toy/", "eval/toy@1/")
+DROPPED = re.compile(
+    r"(time|memory|rollout|buffer)/|policy/kl_cold_start|(ratio/max|clip_frac)/by|.*(f1|entropy/\w+)$|eval/self|test/"
+)
 
 
 @dataclass(frozen=True)
@@ -53,15 +55,40 @@ class Picture:
     levels: Mapping[str, float] | None = None
 
 
+TOY = ("toy-0", "toy-1", "toy-2")
+CONTROL = ("control-0", "control-1", "control-2")
+ACCURACY, IOU = {"eval/toy/acc": "Accuracy on dev, greedy"}, {"eval/toy/iou": "IOU on dev, greedy"}
+REWARD, RULE = {"reward/mean": "Reward (Eq. 8)"}, {"rule/rate": "Answers that keep the rule"}
+CORE = {"consistency/core_on_gold": "Consensus on gold"}
+AGREE, ENTRIES = {"consistency/mean": "Consistency (Eq. 12)"}, {"answer/entries": "Emotions an answer"}
+ENTROPY = {"policy/entropy": "Token entropy, nats"}
 PICTURES = (
     Picture(
-        "learning",
-        "Accuracy on dev of the toy, three seeds",
-        {"SELF-EMO": ("toy-0", "toy-1", "toy-2"), "control: RL rate 0": ("control-0", "control-1", "control-2")},
-        {"eval/toy/acc": "Accuracy on 458 dev samples, greedy; thin: each seed"},
-        {"surface reader": 0.500, "majority class": 0.345},
+        "learning", "Accuracy on dev of the toy, three seeds", {"SELF-EMO": TOY, "control: RL rate 0": CONTROL},
+        {"eval/toy/acc": "Accuracy on dev, greedy; thin: each seed"},
+        {"gold SFT": 0.809, "surface reader": 0.500, "majority class": 0.345},
     ),
-)
+    Picture(
+        "good", "A good run, three seeds", {"SELF-EMO, three seeds": TOY},
+        ACCURACY | IOU | REWARD | CORE | ENTRIES | ENTROPY,
+    ),
+    Picture(
+        "hacking", "Reward hacking: padding", {"lambda 1 from the start": ("lambda-one",), "lambda 0": ("lambda-zero",)},
+        ENTRIES | {"answer/min_share": "Smallest share in an answer"} | AGREE | REWARD | IOU | ACCURACY,
+    ),
+    Picture(
+        "truncation", "Truncation", {"31 tokens": ("limit-31",), "36 tokens": ("limit-36",), "80 tokens": ("one",)},
+        {"answer/truncated": "Answers cut off", "answer/tokens": "Tokens an answer"} | ENTRIES | RULE | REWARD | ACCURACY,
+    ),
+    Picture(
+        "variance", "Zero variance", {"temperature 0.05": ("cold",), "temperature 1": ("one",)},
+        {"reward/zero_std": "Groups of equal reward", "grad_norm": "Gradient norm"} | ENTROPY | ACCURACY,
+    ),
+    Picture(
+        "rate", "A learning rate that is too high", {"rate 3e-3": ("hot",), "rate 3e-4": ("one",)},
+        {"ratio/max": "Largest ratio", "policy/kl": "KL to the reference, nats"} | RULE | REWARD | ENTROPY | ACCURACY,
+    ),
+)  # fmt: skip
 
 
 # Numbers
@@ -73,8 +100,7 @@ def kept(run: Path) -> Record:
     found = []
     for line in read_lines(run / "metrics.jsonl"):
         if line["phase"] in ("rl", "eval") and line.get("when") != "test":
-            names = {n for n in line if n.startswith(EVALS) or not n.startswith(("eval/", *DROPPED))}
-            found.append({name: rounded(value) for name, value in line.items() if name in names})
+            found.append({name: rounded(value) for name, value in line.items() if not DROPPED.match(name)})
     if not found:
         raise UserError(f"{run} holds no metrics")
     return {"S": config["S"], "iterations": config["iterations"], "lines": found}

@@ -50,16 +50,19 @@ def test_a_picture_is_small_stands_alone_and_can_be_read_aloud(picture):
 
 
 def test_every_text_of_a_picture_lies_inside_it():
-    """Letters of 12.5 px bold are at most 8 px wide, the others 7; right-aligned texts end at their x."""
+    """Letters of 12.5 px bold are at most 8 px wide, the others 7. Ticks end at their x or stand around it."""
     for picture in PICTURES:
         root = ElementTree.fromstring((FOLDER / f"{picture.name}.svg").read_text(encoding="utf-8"))
         width = int(root.get("viewBox").split()[2])
         for group in [root, *root.findall(f"{SVG}g")]:
             shift = int(re.match(r"translate\((\d+)", group.get("transform", "translate(0"))[1])
             for text in group.findall(f"{SVG}text"):
-                kind, x = text.get("class", ""), shift + float(text.get("x"))
-                end = x if "y" in kind.split() else x + len(text.text or "") * (8 if kind == "h" else 7)
-                assert end <= width, (picture.name, text.text)
+                kinds, x = text.get("class", "").split(), shift + float(text.get("x"))
+                long = len(text.text or "") * (8 if "h" in kinds else 7)
+                before = long if "y" in kinds else long / 2 if kinds in (["x"], ["stage"]) else 0
+                assert x - before >= 0 and x - before + long <= width, (picture.name, text.text)
+        for metric, heading in picture.panels.items():
+            assert 8 * len(heading) + 7 * len(metric) * (len(picture.panels) > 1) <= 364, heading
 
 
 RAISED = re.compile(r"^Alarms(?:, [^:]+)?: (.+?)\. +<!-- (\S+) -->$", re.MULTILINE)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import config
+import selfemo
 from tools import links
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -454,6 +455,18 @@ def test_the_first_screen_has_the_two_commands():
         assert "\n" not in command and command.startswith("python3 -m venv .venv && .venv/bin/pip install")
         assert command.endswith(ends)
     assert text("README.md").splitlines().index(tests) < 25
+
+
+def test_the_first_screen_shows_what_a_run_says():
+    """Evaluations and RL steps as `selfemo.py` prints them, and its last line; what is left out is marked by three dots."""
+    shown = re.search(r"```text\n(.*?)```", text("README.md"), re.DOTALL)[1].splitlines()
+    names = {name for line in shown for name in re.findall(r"(eval|test)/toy/(\w+) \d\.\d{3}", line)}
+    assert names == {("eval", "acc"), ("eval", "iou"), ("test", "acc"), ("test", "iou")}
+    steps = [re.findall(r"([a-z]+) [\d.e+]+", line.partition("/20")[2]) for line in shown if line.startswith("step ")]
+    assert len(steps) >= 3 and all(found and set(found) <= set(selfemo.SHOWN) for found in steps)
+    assert shown[-1] == "done: the model is in runs/toy/model; check the run with: python evaluate.py audit runs/toy"
+    stages = [line.partition(":")[0] for line in shown if "/toy/acc" in line]
+    assert stages == ["start", "after the cold start", "after RL 1", "after SFT 1", "after RL 2", "after SFT 2", "test"]
 
 
 def example(flag):

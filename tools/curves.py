@@ -77,6 +77,10 @@ PICTURES = (
         ENTRIES | {"answer/min_share": "Smallest share in an answer"} | AGREE | REWARD | IOU | ACCURACY,
     ),
     Picture(
+        "consensus", "A wrong consensus, and back", {"lambda 5": ("consensus",), "lambda 0": ("alone",)},
+        AGREE | CORE | {"consistency/zero_std": "Groups of equal consistency"} | ENTRIES | IOU | ACCURACY,
+    ),
+    Picture(
         "truncation", "Truncation", {"31 tokens": ("limit-31",), "36 tokens": ("limit-36",), "80 tokens": ("one",)},
         {"answer/truncated": "Answers cut off", "answer/tokens": "Tokens an answer"} | ENTRIES | RULE | REWARD | ACCURACY,
     ),

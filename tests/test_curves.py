@@ -65,7 +65,7 @@ def test_every_text_of_a_picture_lies_inside_it():
             assert 8 * len(heading) + 7 * len(metric) * (len(picture.panels) > 1) <= 364, heading
 
 
-RAISED = re.compile(r"^Alarms(?:, [^:]+)?: (.+?)\. +<!-- (\S+) -->$", re.MULTILINE)
+RAISED = re.compile(r"^- Alarms(?:, [^:]+)?: (.+?)\. +<!-- (\S+) -->$", re.MULTILINE)
 
 
 def test_the_page_names_the_alarms_that_each_run_raises():

@@ -182,6 +182,19 @@ def test_property_padding_pays(lam_, padder_wins):
     assert (adv[4] > adv[0]).item() is padder_wins
 
 
+@pytest.mark.parametrize(("lam_", "exact", "padded"), [(1.0, 0.0, 0.0), (0.5, 1.237437, -0.176777)])
+def test_a_custom_of_padding_has_no_way_back_at_lambda_1(lam_, exact, padded):
+    """Gold neutral. Seven say {neutral .8, joy .3}: IOU .727273/1.272727 = .571429, r .671429, r2 2/3; one says {neutral 1}:
+    1.1, 1/3. One of eight that differs by g: mean off by g/8, deviation g/sqrt(8), so z = (7/8) sqrt(8) = 2.474874, the
+    others -.353553. In r2 the same with the other sign. Lambda 1: 0. Lambda .5: half of each is left."""
+    group = [{"neutral": 0.8, "joy": 0.3}] * 7 + [{"neutral": 1.0}]
+    rewards = [reward(p, {"neutral": 1.0}) for p in group]
+    assert [rewards[0], rewards[7]] == pytest.approx([0.671429, 1.1], abs=1e-6)
+    assert consistency(group) == [2 / 3] * 7 + [1 / 3]
+    adv = advantages([rewards], [consistency(group)], lam_)[0].tolist()
+    assert adv == pytest.approx([padded] * 7 + [exact], abs=2e-5)
+
+
 def test_property_wrong_consensus():
     """Gold anger, six of eight agree on joy, surprise, neutral, which become the core (anger 1.8 < joy 3.6 but enters:
     core joy 3.6, anger 1.8, neutral 1.2). At lambda 1 the wrong ones stay above 0, the near-right one below."""

@@ -6,6 +6,7 @@ from the record; sums are exact, what is shown is rounded.
 """
 
 import math
+import re
 import statistics
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -65,8 +66,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> Iterator[str
 
 
 def fenced(text: str) -> list[str]:
-    """A block of text as it is, with an empty line around it."""
-    return ["", "```text", *text.strip().split("\n"), "```", ""]
+    """A block of text as it is, with an empty line around it; no fence in the text closes it."""
+    return ["", f"{fence(text, 3)}text", *text.strip().split("\n"), fence(text, 3), ""]
 
 
 def number(value: float) -> str:
@@ -85,8 +86,14 @@ def named(weights: Mapping[str, float], digits: int = 2) -> str:
 
 
 def shown(piece: str) -> str:
-    """A token as it can stand in a table."""
-    return f"`{piece}`".replace("\n", "\\n") if piece.strip() and "`" not in piece else repr(piece)
+    """What a model wrote, within a line or a table: as code, so that nothing in it becomes markup."""
+    text = piece.replace("\n", "\\n") if piece.strip() else repr(piece)
+    return f"{fence(text, 1)}{text}{fence(text, 1)}" if "`" not in text else f"{fence(text, 1)} {text} {fence(text, 1)}"
+
+
+def fence(text: str, least: int) -> str:
+    """Backticks that no text closes."""
+    return "`" * max(least, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
 
 
 def predictions(record: Record) -> list[Mapping[str, float] | None]:
@@ -105,8 +112,7 @@ def opening(run: Path, record: Record, config: Record) -> Iterator[str]:
         f"The group of `{record['sample_id']}` in RL step {record['step']}, counted from 0, of a run with the preset "
         f"`{config['preset']}`, seed {config['seed']}. Every number follows from what that run wrote. A pocket "
         "calculator with ln and exp is enough to check it; the last digit may differ, because rounded numbers are "
-        "shown and exact ones carried on. This page is what the following command prints, and a test fails if the "
-        "two differ."
+        "shown and exact ones carried on. This page is what the following command prints:"
     )
     yield from ["", "```", f"python evaluate.py audit {run.as_posix()} --show {record['sample_id']} --markdown true", "```"]
 
@@ -130,7 +136,9 @@ def texts(record: Record) -> Iterator[str]:
     )
     for answer in record["answers"]:
         reason = answer["parse"]["reason"]
-        verdict = "keeps the rule" if reason is None else f"**breaks the rule** ({reason}: {answer['parse']['detail']})"
+        verdict = "keeps the rule"
+        if reason is not None:
+            verdict = f"**breaks the rule** ({reason}: {shown(answer['parse']['detail'])})"
         yield ""
         yield from para(f"A{answer['index']}, {len(answer['ids'])} tokens, {verdict}:")
         yield from fenced(answer["text"])[:-1]
@@ -446,7 +454,7 @@ def choice(record: Record) -> Iterator[str]:
     yield from para(
         f"A{i} is the first of the highest reward, and {number(record['answers'][i]['reward'])} is enough to be "
         "kept (D11). The "
-        f'dialogue goes on with its reply, "{parse["my_output"]}", said by {record["responder"]["name"]}, and the '
+        f"dialogue goes on with its reply, {shown(parse['my_output'])}, said by {record['responder']['name']}, and the "
         "label of this "
         f"new turn is what the model said it felt: {named(parse['my_emotions'])}. The next iteration may draw it as "
         "a prompt; the fine-tuning of this one learns the answer."

@@ -169,3 +169,16 @@ def test_user_errors(finished, tmp_path, monkeypatch, capsys):
     (tmp_path / "run" / "config.json").write_text(json.dumps({**config, "ratio": "sequence"}), encoding="utf-8")
     with pytest.raises(UserError, match="written for --ratio token"):
         byhand.chapter(tmp_path / "run", record["sample_id"])
+
+
+def test_no_answer_breaks_out_of_its_block(finished, tmp_path):
+    """A code fence in an answer is a common way to break the rule; a block around it has a longer one."""
+
+    def change(records):
+        records[0]["answers"][0]["text"] = "```python\n{}\n```"
+        records[0]["answers"][0]["parse"] = {"reason": "think", "detail": "<b>`x`"}
+
+    record = changed(finished, tmp_path / "run", change)[0]
+    text = byhand.chapter(tmp_path / "run", record["sample_id"])
+    assert "\n\n````text\n```python\n{}\n```\n````\n" in text
+    assert "**breaks the rule** (think: `` <b>`x` ``):" in text

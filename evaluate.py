@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 import audit
+import byhand
 import data
 from asking import KEPT, Settings
 from clusters import personas_command
@@ -424,15 +425,18 @@ def _all_answers(
 # The audit command
 
 
-def audit_command(run: tyro.conf.Positional[Path], show: str | None = None) -> int:
+def audit_command(run: tyro.conf.Positional[Path], show: str | None = None, markdown: Switch = False) -> int:
     """Recompute every reward, consensus, advantage and selection of a run; exit 1 and say where if one differs.
 
     Args:
         run: Folder of the run.
         show: Sample id: print how its rewards and advantages come about instead.
+        markdown: With --show: as a chapter from text to gradient (docs/by-hand.md). tools.replay measures the update.
     """
+    if markdown and show is None:
+        raise UserError("--markdown true goes with --show SAMPLE_ID")
     if show is not None:
-        print(audit.show(run, show))
+        print(byhand.chapter(run, show) if markdown else audit.show(run, show), end="" if markdown else "\n")
         return 0
     findings = audit.audit(run)
     for problem in findings.problems:

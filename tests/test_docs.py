@@ -1,7 +1,8 @@
-"""The documents tell the truth: what README.md, PAPER.md and CHANGELOG.md name exists, and what has to be there is."""
+"""The documents tell the truth: what README.md, PAPER.md, CHANGELOG.md and docs/ name exists; what must be there is."""
 
 import ast
 import json
+import os
 import re
 import subprocess
 from functools import cache
@@ -10,9 +11,12 @@ from pathlib import Path
 import pytest
 
 import config
+import selfemo
+from tools import links
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ("README.md", "PAPER.md", "CHANGELOG.md")
+PAGES = tuple(f"docs/{name}.md" for name in ("data", "expert", "runs", "measuring", "curves", "by-hand"))
+DOCUMENTS = ("README.md", "PAPER.md", "CHANGELOG.md", *PAGES)
 LATER = "not built yet"
 
 # Reading documents and code
@@ -135,13 +139,41 @@ def test_every_test_of_the_map_exists(document):
     assert len(named) > 60 or document != "PAPER.md"
 
 
-def test_every_file_that_is_named_exists():
-    """Links, and code files in backticks."""
-    for document in DOCUMENTS:
-        named = re.findall(r"\]\(([^)#:]+)\)", text(document))
-        named += [name for name in quoted(text(document)) if re.fullmatch(r"(tests/)?\w+\.(py|md)", name)]
-        missing = {name for name in named if not (ROOT / name).exists()}
-        assert missing <= set(REQUIRED), document  # those that must exist have a test of their own
+def targets(document):
+    """Links of a document, and of its pictures, that do not leave the repository: (path from the root, anchor)."""
+    found = re.findall(
+        r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", re.sub(r"^```.*?^```$", "", text(document), flags=re.DOTALL | re.MULTILINE)
+    )
+    for target in (a or b for a, b in found):
+        if not re.match(r"https?:", target):
+            path, _, anchor = target.partition("#")
+            whole = (ROOT / document).parent / path if path else ROOT / document
+            yield os.path.relpath(whole.resolve(), ROOT), anchor
+
+
+def anchors(document):
+    """Headings as the anchors that they have on GitHub."""
+    headings = re.findall(r"^#+ (.+)$", text(document), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_link_leads_to_a_file_a_heading_or_a_line(document):
+    """Code files in backticks exist too."""
+    for path, anchor in targets(document):
+        assert path in REQUIRED or (ROOT / path).exists(), path  # those that must exist have a test of their own
+        if anchor and path.endswith(".md"):
+            assert anchor in anchors(path), f"{path}#{anchor}"
+        elif anchor:
+            assert int(re.fullmatch(r"L(\d+)", anchor)[1]) <= len(text(path).splitlines()), f"{path}#{anchor}"
+    named = {name for name in quoted(text(document)) if re.fullmatch(r"((tests|docs)/)?\w+\.(py|md)", name)}
+    assert {name for name in named if not (ROOT / name).exists()} == set()
+
+
+def test_no_page_is_left_out():
+    """Every file of docs/ is a document or lies in a folder of one, and README leads to every page."""
+    assert {f"docs/{path.name}" for path in ROOT.glob("docs/*.md")} == set(PAGES)
+    assert set(PAGES) <= {path for path, _ in targets("README.md")}
 
 
 def test_every_file_has_its_line_in_the_readme():
@@ -217,9 +249,75 @@ def test_every_row_names_code_and_test_or_says_why_not(title, column):
             assert structure or cells[0] == "1", cells
 
 
-def test_every_public_function_of_the_equations_is_in_the_map():
-    public = {name for name in functions(MODULES["grpo"]) if not name.startswith("_")}
-    assert public <= {name for stem, name in code_names(section("PAPER.md", "## Equations")) if stem == "grpo"}
+def public(stem):
+    return {name for name in functions(MODULES[stem]) if not name.startswith("_")}
+
+
+def body(path, name):
+    return next(x for x in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if getattr(x, "name", None) == name)
+
+
+def test_every_public_function_of_the_equations_has_a_worked_example():
+    """A test named in the section calls it, compares with numbers that it gives itself, and works them out in words."""
+    part = section("PAPER.md", "## Equations")
+    assert public("grpo") <= {name for stem, name in code_names(part) if stem == "grpo"}
+    named = {tuple(name.split("::")) for name in quoted(part) if name.startswith("tests/test_grpo.py::")}
+    worked = set()
+    for file, name in named:
+        test = body(ROOT / file, name)
+        called = {node.func.id for node in ast.walk(test) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+        numbers = [n for n in ast.walk(test) if isinstance(n, ast.Constant) and isinstance(n.value, float)]
+        checks = [n for n in ast.walk(test) if isinstance(n, ast.Assert)]
+        if numbers and checks and ast.get_docstring(test):
+            worked |= called
+    assert public("grpo") - worked == set()
+
+
+# Line links
+
+
+def test_line_links_are_true():
+    """The line of a link is the def, the class or the assignment of the name; of an equation, its comment."""
+    seen = 0
+    for document in links.DOCUMENTS:
+        for name, path, line in re.findall(r"\[`?([^]`]+)`?\]\(([^)#]+)#L(\d+)\)", text(document)):
+            seen += 1
+            there = text(os.path.normpath(Path(document).parent / path)).splitlines()[int(line) - 1]
+            last = re.split(r"[.:]+", name)[-1]
+            pattern = rf" *((async )?(def|class) {last}\b|{last}\b *[:=,])"
+            pattern = rf" *# {re.escape(name)}:" if name.startswith("Eq.") else pattern
+            assert re.match(pattern, there), f"{document}: {name} is not at {path}:{line}; python -m tools.links --write"
+    assert seen > 250
+
+
+def test_every_name_that_can_have_a_line_link_has_it():
+    """`python -m tools.links --write` renews all of them."""
+    assert [problem for document in links.DOCUMENTS for problem in links.stale(document)] == []
+    for document in ("PAPER.md",):
+        bare = [name for name in re.findall(r"(?<!\[)`([^`\n]+)`", text(document)) if links.place(name)]
+        assert bare == []
+
+
+def test_every_equation_comment_of_the_code_is_linked_from_its_row():
+    """`# Eq. (13), left: ...` of grpo.py is linked once, from row 13."""
+    table, comments = keyed(section("PAPER.md", "## Equations")), links.equations()
+    assert len(comments) == 10
+    for name, (file, line) in comments.items():
+        assert f"[{name}]({file}#L{line})" in table[re.search(r"\d+", name)[0]][2]
+        assert text("PAPER.md").count(f"[{name}](") == 1
+
+
+def test_links_are_renewed_wherever_they_led(tmp_path):
+    """A name without a link, one that leads to an old line, an equation; code blocks and names of nothing stay."""
+    line = next(n for n, x in enumerate(text("grpo.py").splitlines(), 1) if x.startswith("def iou("))
+    comment = next(n for n, x in enumerate(text("grpo.py").splitlines(), 1) if "# Eq. (10):" in x)
+    old = "see `grpo.iou`, [`grpo.iou`](grpo.py#L1) and [Eq. (10)](x#L9); `grpo.nothing`, `data.py`\n```\n`grpo.iou`\n```\n"
+    new = (
+        f"see [`grpo.iou`](../grpo.py#L{line}), [`grpo.iou`](../grpo.py#L{line}) and [Eq. (10)](../grpo.py#L{comment}); "
+        "`grpo.nothing`, `data.py`\n```\n`grpo.iou`\n```\n"
+    )
+    assert links.linked(old, "../") == new
+    assert links.linked(new, "../") == new
 
 
 TABLE_12 = {
@@ -266,7 +364,7 @@ def test_table_12_is_complete_and_our_defaults_are_the_papers():
     compared = 0
     for name, (_, paper, ours, _) in table.items():
         assert code_names(ours) or LATER in ours or "no code" in ours, name
-        if ours.startswith("`config.Config."):
+        if ours.startswith("[`config.Config."):
             compared += 1
             preset = getattr(config.PRESETS["paper"], quoted(ours)[0].rpartition(".")[2])
             assert (preset.rpartition("/")[2] if isinstance(preset, str) else preset) == value(paper), name
@@ -280,7 +378,7 @@ def test_the_last_section_of_the_map_lists_what_the_rows_leave_open():
     assert all(f"--{name}`" not in listed for name in ("gold", "personas", "prompts", "resume"))
 
 
-# Commands and metrics of the README
+# Commands and metrics
 
 
 def blocks(document):
@@ -299,7 +397,7 @@ def accepted():
         "evaluate.py score": fields("evaluate", "ScoreCommand"),
         "evaluate.py judge": fields("judge", "JudgeCommand"),
         "evaluate.py personas": fields("clusters", "PersonasCommand"),
-        "evaluate.py audit": {"show"},
+        "evaluate.py audit": {"show", "markdown"},
         "data.py stats": fields("corpora", "StatsCommand"),
         "data.py download": fields("corpora", "DownloadCommand"),
         "data.py audit": fields("corpora", "AuditCommand"),
@@ -309,13 +407,17 @@ def accepted():
         "toy.py gold-sft": {"seed"},
         "tools.report": fields("tools.report", "Report"),
         "tools.ablate": fields("tools.ablate", "Ablate") | fields("config", "Config"),
+        "tools.curves": fields("tools.curves", "Curves"),
+        "tools.replay": fields("tools.replay", "Replay"),
+        "tools.links": {"write"},
     }
 
 
 def test_commands_name_files_and_flags_that_exist():
     seen = set()
     commands = [name for document in DOCUMENTS for name in quoted(text(document)) if ".py " in name or "-m tools." in name]
-    commands += [part for block in blocks("README.md") for line in block.splitlines() for part in line.split("&&")]
+    shell = [block for document in DOCUMENTS for block in blocks(document)]
+    commands += [part for block in shell for line in block.splitlines() for part in line.split("&&")]
     for command in commands:
         for program, known in accepted().items():
             if program in command:
@@ -355,16 +457,28 @@ def test_the_first_screen_has_the_two_commands():
     assert text("README.md").splitlines().index(tests) < 25
 
 
+def test_the_first_screen_shows_what_a_run_says():
+    """Evaluations and RL steps as `selfemo.py` prints them, and its last line; what is left out is marked by three dots."""
+    shown = re.search(r"```text\n(.*?)```", text("README.md"), re.DOTALL)[1].splitlines()
+    names = {name for line in shown for name in re.findall(r"(eval|test)/toy/(\w+) \d\.\d{3}", line)}
+    assert names == {("eval", "acc"), ("eval", "iou"), ("test", "acc"), ("test", "iou")}
+    steps = [re.findall(r"([a-z]+) [\d.e+]+", line.partition("/20")[2]) for line in shown if line.startswith("step ")]
+    assert len(steps) >= 3 and all(found and set(found) <= set(selfemo.SHOWN) for found in steps)
+    assert shown[-1] == "done: the model is in runs/toy/model; check the run with: python evaluate.py audit runs/toy"
+    stages = [line.partition(":")[0] for line in shown if "/toy/acc" in line]
+    assert stages == ["start", "after the cold start", "after RL 1", "after SFT 1", "after RL 2", "after SFT 2", "test"]
+
+
 def example(flag):
-    """The line that README shows for a file given with a flag."""
-    row = next(cells for cells in rows(section("README.md", "## Data")) if cells[0].startswith(f"`--{flag} "))
+    """The line that the page on data shows for a file given with a flag."""
+    row = next(cells for cells in rows(section("docs/data.md", "# Data")) if cells[0].startswith(f"`--{flag} "))
     return next(name for name in quoted(row[1]) if name.startswith("{"))
 
 
-def test_the_formats_of_the_readme_are_read(tmp_path):
+def test_the_formats_of_the_data_page_are_read(tmp_path):
     import data
 
-    dialogue = next(block for block in blocks("README.md") if block.startswith('{"id"'))
+    dialogue = next(block for block in blocks("docs/data.md") if block.startswith('{"id"'))
     for split in data.SPLITS:
         (tmp_path / f"{split}.jsonl").write_text(dialogue, encoding="utf-8")
     samples = data.samples(data.load("mine", tmp_path, "test"), data.label_set("mine", tmp_path))
@@ -377,13 +491,13 @@ def test_the_formats_of_the_readme_are_read(tmp_path):
 
 
 def documented():
-    """Every metric that README explains, as a pattern: <...> is any one part."""
-    names = [name for cells in rows(section("README.md", "### Metrics")) for name in quoted(cells[0])]
+    """Every metric that is explained, as a pattern: <...> is any one part."""
+    names = [name for cells in rows(section("docs/runs.md", "## Metrics")) for name in quoted(cells[0])]
     assert len(set(names)) == len(names), "a metric is explained twice"
     return {name: re.compile(re.sub(r"<\w+>", "[^/]+", name)) for name in names}
 
 
-def test_a_run_logs_exactly_the_metrics_that_the_readme_explains(finished):
+def test_a_run_logs_exactly_the_metrics_that_are_explained(finished):
     """`finished`: a small whole run. Rule reasons beside `rule/rate`, `@T` names only with several temperatures."""
     found = {name for line in (finished / "metrics.jsonl").read_text().splitlines() for name in json.loads(line)}
     logged = {re.sub(r"@[\d.]+/", "/", name) for name in found} - {"step", "iteration", "phase"}
@@ -402,12 +516,12 @@ def test_every_part_of_a_metric_name_stands_in_the_code():
 
 
 def test_every_metric_has_a_meaning():
-    for cells in rows(section("README.md", "### Metrics")):
+    for cells in rows(section("docs/runs.md", "## Metrics")):
         assert len(cells) == 4 and all(cells), cells
 
 
-def test_files_of_a_run_are_those_of_the_readme(finished):
-    listed = {part for cells in rows(section("README.md", "## A run folder")) for part in quoted(cells[0])}
+def test_files_of_a_run_are_those_that_are_listed(finished):
+    listed = {part for cells in rows(section("docs/runs.md", "# A run folder")) for part in quoted(cells[0])}
     tops = {name.partition("/")[0] for name in listed if "/" not in name.rstrip("/") or name.startswith("rollouts/")}
     assert {path.name for path in finished.iterdir()} - {"tensorboard"} <= {name.rstrip("/") for name in tops}
     missing = {n for n in listed if re.fullmatch(r"[\w]+\.(json|jsonl|safetensors)", n) and not (finished / n).exists()}

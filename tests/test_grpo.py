@@ -14,6 +14,7 @@ from grpo import (
     iou,
     lam,
     low_var_kl,
+    normalised,
     policy_loss,
     reward,
     token_weights,
@@ -48,6 +49,12 @@ def test_eq_10_has_its_ends_at_0_and_1():
     assert iou({"joy": 1.0}, {"anger": 1.0}) == 0.0
     assert iou({"joy": 0.2, "fear": 0.2}, {"joy": 1.0, "fear": 1.0}) == 1.0
     assert iou({"joy": 1.0, "fear": 1.0}, {"joy": 1.0}) == pytest.approx(1 / 3, abs=1e-15)
+
+
+def test_eq_9_on_the_gold_of_table_8():
+    """.85 + .45 + .25 = 1.55: .85/1.55 = .548387, .45/1.55 = .290323, .25/1.55 = .161290. One weight alone is all: 1."""
+    assert normalised(GOLD_A) == pytest.approx({"neutral": 0.548387, "surprise": 0.290323, "fear": 0.161290}, abs=1e-6)
+    assert normalised({"joy": 0.1}) == {"joy": 1.0}
 
 
 @pytest.mark.parametrize("bad", [{}, {"joy": 0.0}, {"joy": -0.1, "fear": 1.0}, {"joy": math.nan}, {"joy": math.inf}])
@@ -173,6 +180,19 @@ def test_property_padding_pays(lam_, padder_wins):
     assert consistency(PADDING) == [1 / 3] * 4 + [2 / 3] * 2 + [1 / 3] * 2
     adv = advantages([rewards], [consistency(PADDING)], lam_)[0]
     assert (adv[4] > adv[0]).item() is padder_wins
+
+
+@pytest.mark.parametrize(("lam_", "exact", "padded"), [(1.0, 0.0, 0.0), (0.5, 1.237437, -0.176777)])
+def test_a_custom_of_padding_has_no_way_back_at_lambda_1(lam_, exact, padded):
+    """Gold neutral. Seven say {neutral .8, joy .3}: IOU .727273/1.272727 = .571429, r .671429, r2 2/3; one says {neutral 1}:
+    1.1, 1/3. One of eight that differs by g: mean off by g/8, deviation g/sqrt(8), so z = (7/8) sqrt(8) = 2.474874, the
+    others -.353553. In r2 the same with the other sign. Lambda 1: 0. Lambda .5: half of each is left."""
+    group = [{"neutral": 0.8, "joy": 0.3}] * 7 + [{"neutral": 1.0}]
+    rewards = [reward(p, {"neutral": 1.0}) for p in group]
+    assert [rewards[0], rewards[7]] == pytest.approx([0.671429, 1.1], abs=1e-6)
+    assert consistency(group) == [2 / 3] * 7 + [1 / 3]
+    adv = advantages([rewards], [consistency(group)], lam_)[0].tolist()
+    assert adv == pytest.approx([padded] * 7 + [exact], abs=2e-5)
 
 
 def test_property_wrong_consensus():

@@ -137,6 +137,13 @@ def test_no_alarm_without_its_fault(late):
     assert not set(raised(late)) - {"Groups whose answers all earn the same", "Groups without a difference in consistency"}
 
 
+@pytest.mark.parametrize(("share", "expected"), [(0.11, ["Answers cut off"]), (0.1, [])])
+def test_a_run_that_has_learned_to_be_brief_raises_the_alarm_of_its_first_steps(share, expected):
+    """docs/curves.md: with a limit of 31 tokens .53 are cut in the first fifth, .06 in the last."""
+    found = alarms([{**HEALTHY, "answer/truncated": share}] * 2 + [HEALTHY] * 8)
+    assert [alarm.title for alarm in found if alarm.raised] == expected
+
+
 def test_a_run_without_synthetic_prompts_has_no_such_alarm():
     line = {k: v for k, v in HEALTHY.items() if k != "reward/synthetic"}
     assert next(a for a in alarms([line]) if a.title.startswith("New samples")).found == "no synthetic prompt yet"

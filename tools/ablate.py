@@ -272,8 +272,9 @@ METRICS = {"acc": "Acc.", "wf1": "W-F1", "iou": "IOU"}
 def text(lines: Sequence[Sequence[str]]) -> str:
     """The table in columns."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(c.ljust(w) if not i else c.rjust(w) for i, (c, w) in enumerate(zip(x, widths, strict=True)))
-                     for x in lines)
+    return "\n".join(
+        "  ".join(c.ljust(w) if not i else c.rjust(w) for i, (c, w) in enumerate(zip(x, widths, strict=True))) for x in lines
+    )
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:

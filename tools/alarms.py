@@ -1,7 +1,7 @@
 """What a reader of a run should stop at: each check looks at the RL lines of metrics.jsonl and says what it found and means.
 
-"Early" and "late" are means over the first and the last fifth of the RL steps. Limits are rules of thumb; README's table of
-metrics says what else to look at.
+"Early" and "late" are means over the first and the last fifth of the RL steps. Limits are rules of thumb; docs/runs.md says
+what else to look at, docs/curves.md shows runs that raise them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -68,11 +68,12 @@ def truncation(lines: Lines) -> Alarm:
     """Answers cut at the limit."""
     return Alarm(
         "Answers cut off",
-        late(lines, "answer/truncated") > 0.1,
+        max(early(lines, "answer/truncated"), late(lines, "answer/truncated")) > 0.1,
         f"share of answers cut at the limit: {moved(lines, 'answer/truncated')}; of the loss weight: "
         f"{moved(lines, 'loss/weight_truncated')}; mean length {moved(lines, 'answer/tokens')} tokens",
         "A cut answer breaks the rule, earns 0, and its tokens are still trained (D20). Many of them teach the model to "
-        "be brief, whatever it says. Raise max_new_tokens, or cold start so that answers end. Raised above a tenth.",
+        "be brief, whatever it says; after that none is cut any more, and nothing else shows it. Raise max_new_tokens, or "
+        "cold start so that answers end. Raised above a tenth, early or late.",
     )
 
 

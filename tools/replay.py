@@ -1,0 +1,170 @@
+"""One group of a run in the middle of its update: what Eq. 14 and the KL saw, and the gradients that autograd found.
+
+    python -m tools.replay RUN SAMPLE --out DIR
+
+The first iteration is trained again from RUN/cold_start and the answers that the run recorded, up to the mini-batch of
+SAMPLE. DIR gets config.json, the group's record and update.json, all that `python evaluate.py audit DIR --show SAMPLE
+--markdown true` needs. Every step is compared with the run: where the log-probs are not those it sampled with, it stops.
+"""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+import audit
+import data
+from config import Config
+from data import Responder, Sample, UserError
+from grpo import low_var_kl, policy_loss, token_weights
+from model import Policy, few_threads, load_tokenizer, quiet_transformers
+from runs import Learner, Record, ScoredGroup, read_json, write_atomically
+from selfemo import COLD_START_WEIGHTS, Scores, adamw, logprobs, mini_batch
+from shards import read_part, weights
+from world import Answer
+
+GAP = 1e-3  # the most a log-prob of the replay may differ from the run's own
+LIKELIEST = 6  # tokens shown of a distribution, beside those that were said
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Write down one group of a run in the middle of its update (Eq. 14)."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of a run, on a CPU."""
+    sample: tyro.conf.Positional[str]
+    """Sample id, answered in iteration 1."""
+    out: Path
+    """Folder to write."""
+
+
+def scored(record: Record) -> ScoredGroup:
+    """A recorded group as the update takes it: tokens and advantages; the rest is not looked at."""
+    sample = Sample(record["sample_id"], record["dataset"], (), Responder("", None, "next"), (), record["gold"])
+    nothing = data.Failure("think", "")
+    answers = [Answer(tuple(a["ids"]), tuple(a["logprobs"]), a["finished"], "", nothing) for a in record["answers"]]
+    columns = (tuple(a[name] for a in record["answers"]) for name in ("reward", "consistency", "advantage"))
+    r, r2, A = columns
+    return ScoredGroup(sample, tuple(record["prompt_ids"]), tuple(answers), r, {}, r2, A, data.Selection(None, "off", None))
+
+
+def replay(run: Path, sample_id: str) -> tuple[Record, Record]:
+    """(record of the group, what its update saw). Raises `UserError` where the run cannot be followed."""
+    cfg = Config(**{k: v for k, v in read_json(run / "config.json").items() if k in Config.__dataclass_fields__})
+    records = [record for _, record in audit.rollouts(run) if record["iteration"] == 1]
+    if sample_id not in (record["sample_id"] for record in records):
+        raise UserError(f"{run} holds no answers to {sample_id!r} in iteration 1")
+    policy = Policy.load(cfg.model)
+    few_threads(policy)
+    read_part(run / COLD_START_WEIGHTS, "weights", weights(policy))
+    learner, gap = Learner(adamw(policy, cfg.lr), policy.frozen_copy()), 0.0
+    assert learner.reference is not None
+    for step, found in groupby(records, lambda record: record["step"]):
+        group_records = list(found)
+        groups = [scored(record) for record in group_records]
+        old, ref = (logprobs(p, [g.group for g in groups], cfg) for p in (policy, learner.reference))
+        sampled = [torch.tensor(a.logprobs) for g in groups for a in g.answers]
+        gap = max(gap, *((x - y).abs().max().item() for x, y in zip(old, sampled, strict=True)))
+        if gap > GAP:
+            raise UserError(f"{run}: the replay leaves the run at step {step}: a log-prob differs by {gap:.2g}")
+        for number, first in enumerate(range(0, len(groups), cfg.mini_batch_prompts)):
+            part = groups[first : first + cfg.mini_batch_prompts]
+            rows = slice(first * cfg.n, (first + len(part)) * cfg.n)
+            scores = Scores(old[rows], ref[rows])
+            if sample_id in (g.sample.id for g in part):
+                record = next(r for r in group_records if r["sample_id"] == sample_id)
+                seen = measured(policy, part, scores, cfg, sample_id, load_tokenizer(cfg.model))
+                return record, {"mini_batch": number, "largest_gap": gap, **seen}
+            mini_batch(policy, learner, part, scores, cfg)
+            learner.apply()
+    raise AssertionError("the sample is among the records")
+
+
+def measured(
+    policy: Policy, part: Sequence[ScoredGroup], scores: Scores, cfg: Config, sample_id: str, tokenizer: Any
+) -> Record:
+    """The loss of a mini-batch as `selfemo.mini_batch` has it, in one piece, and its gradients for the rows of one group."""
+    logits: list[Tensor] = []
+
+    def keep(module: object, inputs: object, output: Tensor) -> None:
+        output.retain_grad()
+        logits.append(output)
+
+    hook = policy.lm.get_output_embeddings().register_forward_hook(keep)
+    logp_BT, _ = policy([g.group for g in part], temperature=cfg.temperature)
+    hook.remove()
+    logp_BT.retain_grad()
+    lengths = [len(a.ids) for g in part for a in g.answers]
+    old_BT, ref_BT = (pad_sequence(x, batch_first=True) for x in (scores.old, scores.ref))
+    w_BT = token_weights(lengths, cfg.loss_mean, max(lengths)).to(logp_BT.dtype)
+    adv_B = torch.tensor([a for g in part for a in g.advantages], dtype=torch.float64)
+    loss, _ = policy_loss(logp_BT, old_BT, adv_B, w_BT, clip_eps=cfg.clip_eps, ratio=cfg.ratio)
+    kl = (w_BT * low_var_kl(logp_BT, ref_BT)).sum()
+    (loss + cfg.kl_coef * kl).backward()  # type: ignore[no-untyped-call]
+    assert logp_BT.grad is not None and len(logits) == 1 and logits[0].grad is not None
+    place = next(i for i, g in enumerate(part) if g.sample.id == sample_id)
+    own, rows = part[place], range(place * cfg.n, (place + 1) * cfg.n)
+    columns = {"new": logp_BT.detach(), "old": old_BT, "ref": ref_BT, "gradient": logp_BT.grad}
+    at = fork([a.ids for a in own.answers])
+    flat = [sum(lengths[:row]) + at for row in rows]
+    said = [a.ids[at] for a in own.answers]
+    return {
+        "prompt": data.answer_text(tokenizer, own.prompt_ids, (), ""),
+        "pieces": [[tokenizer.decode([i]) for i in a.ids] for a in own.answers],
+        "answers": len(lengths),
+        "tokens": sum(lengths),
+        "loss": loss.item(),
+        "kl": kl.item(),
+        **{name: [value_BT[row, : lengths[row]].tolist() for row in rows] for name, value_BT in columns.items()},
+        "fork": {"token": at, **fork_logits(logits[0].detach()[flat[0]], logits[0].grad[flat].sum(0), said, tokenizer)},
+    }
+
+
+def fork(answers: Sequence[Sequence[int]]) -> int:
+    """Position of the first token in which the answers of a group differ; up to there they share everything."""
+    return next((t for t, column in enumerate(zip(*answers, strict=False)) if len(set(column)) > 1), 0)
+
+
+def fork_logits(z_V: Tensor, gradient_V: Tensor, said: Sequence[int], tokenizer: Any) -> Mapping[str, Any]:
+    """Logits at the fork, of the tokens that were said and of the likeliest others, with the gradient of all answers."""
+    ids = list(dict.fromkeys([*said, *z_V.topk(LIKELIEST).indices.tolist()]))
+    return {
+        "pieces": [tokenizer.decode([i]) for i in ids],
+        "said": [ids.index(i) for i in said],
+        "logits": z_V[ids].tolist(),
+        "logsumexp": z_V.logsumexp(0).item(),
+        "vocabulary": len(z_V),
+        "gradient": gradient_V[ids].tolist(),
+        "gradient_of_the_others": (gradient_V.sum() - gradient_V[ids].sum()).item(),
+    }
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command line. 2: a mistake of the user's."""
+    args = tyro.cli(Replay, args=list(argv), use_underscores=True)
+    quiet_transformers()
+    try:
+        record, update = replay(args.run, args.sample)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    (args.out / "rollouts").mkdir(parents=True, exist_ok=True)
+    config = read_json(args.run / "config.json")
+    for name, value in (("config.json", config), ("update.json", update), ("rollouts/iteration-1.jsonl", record)):
+        write_atomically(args.out / name, json.dumps(value, ensure_ascii=False) + "\n")
+    print(f"wrote {args.out}; log-probs at most {update['largest_gap']:.1g} from the run's; it is worked out by: "
+          f"python evaluate.py audit {args.out} --show {args.sample} --markdown true")  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -21,10 +21,10 @@ import time
 import tomllib
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import tyro
@@ -34,7 +34,8 @@ from data import UserError
 ROOT = Path(__file__).resolve().parent.parent
 TOP = {".py", ".toml", ".md", ".txt"}  # what a copy has of the files at the top; tests/ and tools/ come whole
 CLUMSY = ("SyntaxError", "NameError", "ImportError", "ModuleNotFoundError")  # these show a row that is wrong, not a test
-PYTEST = ("-x", "-p", "no:cacheprovider", "--basetemp", "temporary")
+NOTICED = ("killed", "timeout")
+Seen = list[tuple[str, str, str]]  # kind (passed failed skipped broken), node id, first line of the message
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,7 @@ class Mutants:
     timeout: float = 120
     """Seconds after which tests count as hanging. A mistake that makes them hang is noticed, and shown as such."""
     file: Path = Path(__file__).with_suffix(".toml")
-    """The mistakes."""
-    root: Path = ROOT
-    """The tree in which they are made."""
+    """The mistakes. They are made in the tree that this file stands in, TREE/tools/mutants.toml."""
 
 
 @dataclass(frozen=True)
@@ -78,9 +77,12 @@ class Mutation:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a mistake: `by` is the first test that failed, or hung, `why` the first line of its message."""
+    """What became of a mistake. `by`: the first test that failed, or all that hang; `why`: the first line of its message.
 
-    outcome: Literal["killed", "timeout", "SURVIVED", "BROKEN", "STALE"]
+    Outcomes: killed, timeout, SURVIVED, BROKEN (no test could judge it), STALE (the line is not there any more).
+    """
+
+    outcome: str
     file: str
     line: int
     mistake: str
@@ -88,59 +90,41 @@ class Verdict:
     why: str
     seconds: float
 
-    @property
-    def noticed(self) -> bool:
-        """Whether a test noticed it. BROKEN (no test ran to its end) and STALE (the line is gone) are no notice."""
-        return self.outcome in ("killed", "timeout")
+    def __str__(self) -> str:
+        by = self.by if self.outcome == "killed" else f"{self.by} ({self.why})".strip()
+        return f"{self.outcome:9}{self.seconds:5.1f} s  {f'{self.file}:{self.line}':15} {self.mistake:66} {by}"
 
 
 def read(path: Path) -> tuple[list[str], list[Mutation]]:
     """The libraries to import once, and the mistakes. Raises `UserError` for a file that cannot be read."""
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
-        rows = [Mutation(**{**row, "tests": tuple(row["tests"])}) for row in content["mutant"]]
-        return content["preload"], rows
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: {error}; a row has file, mistake, old, new and tests, the file begins with preload") from None
+        return content["preload"], [Mutation(**{**row, "tests": tuple(row["tests"])}) for row in content["mutant"]]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: {error}; it has preload, and rows of file, mistake, old, new and tests") from None
 
 
-# One process
+class Recorder:
+    """A pytest plugin that notes what tests did. Only what fails in a test itself, not before or after it, is `failed`."""
 
-
-@dataclass(eq=False)  # pytest wants its plugins hashable
-class Report:
-    """A pytest plugin: node ids that passed; (node id, first line of the message) of tests that failed, and of all else."""
-
-    passed: list[str] = field(default_factory=list)
-    failed: list[tuple[str, str]] = field(default_factory=list)
-    broken: list[tuple[str, str]] = field(default_factory=list)
+    def __init__(self) -> None:
+        """Nothing has run yet."""
+        self.seen: Seen = []
 
     def pytest_runtest_logreport(self, report: Any) -> None:
-        """A phase of a test has ended."""
-        if report.failed:
-            message = first_line(report)
-            own = report.when == "call" and not message.startswith(CLUMSY)
-            (self.failed if own else self.broken).append((report.nodeid, message))
-        elif report.when == "call" and report.passed:
-            self.passed.append(report.nodeid)
+        """A phase of a test has ended, or a test file was read."""
+        called = getattr(report, "when", "") == "call"
+        if called or report.failed:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            why = crash.message.partition("\n")[0] if crash else str(report.longrepr or "").strip().rpartition("\n")[2]
+            own = called and not why.startswith(CLUMSY)
+            self.seen.append((report.outcome if own else "broken", report.nodeid, why))
 
-    def pytest_collectreport(self, report: Any) -> None:
-        """A test file was read."""
-        if report.failed:
-            self.broken.append((report.nodeid, first_line(report)))
-
-
-def first_line(report: Any) -> str:
-    """Of what pytest says about a failure."""
-    crash = getattr(report.longrepr, "reprcrash", None)
-    lines = crash.message.splitlines() if crash else str(report.longrepr).splitlines()[-1:]
-    return str(next(iter(lines), ""))
+    pytest_collectreport = pytest_runtest_logreport
 
 
 def run_tests(folder: Path, tests: Sequence[str]) -> None:
-    """In a forked process: pytest on the copy, report.json in it. This program's own files make way for those of the copy."""
+    """In a forked process: pytest on the copy; seen.json is what it did. Our own files make way for those of the copy."""
     os.setsid()
     os.chdir(folder)
     for stream in (1, 2):
@@ -149,22 +133,22 @@ def run_tests(folder: Path, tests: Sequence[str]) -> None:
         if Path(getattr(module, "__file__", None) or "/").parent in (ROOT, ROOT / "tools"):
             del sys.modules[name]
     sys.path[:] = [str(folder), *(entry for entry in sys.path if Path(entry).resolve() != ROOT)]
-    report = Report()
-    status = pytest.main([*PYTEST, *tests], plugins=[report])
-    if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) and not report.broken:
-        report.broken.append(("", f"pytest ended with {status}: {' '.join(tests)}"))
-    Path("report.json").write_text(json.dumps(asdict(report)), encoding="utf-8")
+    recorder = Recorder()
+    status = pytest.main(["-x", "-p", "no:cacheprovider", "--basetemp", "temporary", *tests], plugins=[recorder])
+    if status > pytest.ExitCode.TESTS_FAILED and not recorder.seen:
+        recorder.seen.append(("broken", "", f"pytest ended with {status}: {' '.join(tests)}"))
+    Path("seen.json").write_text(json.dumps(recorder.seen), encoding="utf-8")
 
 
 class Trial:
     """A copy of the tree, perhaps with a mistake in it, and the process that runs tests on it."""
 
-    def __init__(self, source: Path, folder: Path, tests: Sequence[str], limit: float, changed: tuple[str, str] = ("", "")):
-        """Start the tests. `changed`: a file and its new text."""
+    def __init__(self, source: Path, folder: Path, tests: Sequence[str], limit: float, **changed: str) -> None:
+        """Start the tests. `changed`: the new texts of files."""
         self.folder, self.limit, self.began = folder, limit, time.monotonic()
         shutil.copytree(source, folder)
-        if changed[0]:
-            (folder / changed[0]).write_text(changed[1], encoding="utf-8")
+        for file, text in changed.items():
+            (folder / file).write_text(text, encoding="utf-8")
         self.process = multiprocessing.get_context("fork").Process(target=run_tests, args=(folder, tests))
         self.process.start()
 
@@ -173,23 +157,18 @@ class Trial:
         """Seconds until it counts as hanging."""
         return max(0.0, self.began + self.limit - time.monotonic())
 
-    def end(self) -> Report | None:
-        """What it found; None if it hangs. Its processes, its own children too, and its copy are gone then."""
+    def end(self) -> Seen | None:
+        """What the tests did; None if they hang. The processes, the tests' own too, and the copy are gone then."""
         self.process.join(self.left)
         hangs = self.process.is_alive()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid or 0, signal.SIGKILL)
         self.process.join()
-        found, said = self.folder / "report.json", self.folder / "said.txt"
-        report = Report(**json.loads(found.read_text(encoding="utf-8"))) if found.exists() else Report()
-        if not hangs and not found.exists():
-            last = said.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:] if said.exists() else []
-            report.broken.append(("", f"the process ended with {self.process.exitcode}: {' '.join(last)}"))
+        path = self.folder / "seen.json"
+        crashed = [["broken", "", f"the process ended with {self.process.exitcode}"]]
+        seen = json.loads(path.read_text(encoding="utf-8")) if path.exists() else crashed
         shutil.rmtree(self.folder)
-        return None if hangs else report
-
-
-# All of them
+        return None if hangs else [(kind, test, why) for kind, test, why in seen]
 
 
 def copy_tree(root: Path, target: Path) -> None:
@@ -198,23 +177,24 @@ def copy_tree(root: Path, target: Path) -> None:
     for path in root.iterdir():
         if path.is_file() and path.suffix in TOP:
             shutil.copy2(path, target)
-    for name in ("tests", "tools"):
-        if (root / name).is_dir():
-            shutil.copytree(root / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
+        elif path.name in ("tests", "tools"):
+            shutil.copytree(path, target / path.name, ignore=shutil.ignore_patterns("__pycache__"))
 
 
 def check_unchanged(source: Path, folder: Path, mutations: Sequence[Mutation], limit: float) -> int:
     """How many tests pass on the unchanged copy. Raises `UserError` unless all that rows name are there and pass."""
     named = list(dict.fromkeys(test for m in mutations for test in m.tests))
-    report = Trial(source, folder, named, limit).end()
-    if report is None:
+    seen = Trial(source, folder, named, limit).end()
+    if seen is None:
         raise UserError(f"on the unchanged tree the tests take more than {limit:g} s: raise --timeout")
-    for test, why in report.failed + report.broken:
-        raise UserError(f"on the unchanged tree {test or 'the run'} fails, so nothing can be said: {why}")
-    silent = [t for t in named if not any(p == t or p.startswith((f"{t}[", f"{t}::")) for p in report.passed)]
-    if silent:
-        raise UserError(f"{', '.join(silent)}: no such test passed on the unchanged tree (skipped, perhaps)")
-    return len(report.passed)
+    for kind, test, why in seen:
+        if kind in ("failed", "broken"):
+            raise UserError(f"on the unchanged tree {test or 'the run'} fails, so nothing can be said: {why}")
+    passed = [test for kind, test, _ in seen if kind == "passed"]
+    for test in named:
+        if not any(p == test or p.startswith((f"{test}[", f"{test}::")) for p in passed):
+            raise UserError(f"{test}: nothing of it passed on the unchanged tree (skipped, perhaps)")
+    return len(passed)
 
 
 def verdicts(source: Path, folder: Path, mutations: Sequence[Mutation], jobs: int, limit: float) -> Iterator[Verdict]:
@@ -228,56 +208,47 @@ def verdicts(source: Path, folder: Path, mutations: Sequence[Mutation], jobs: in
             except (OSError, ValueError) as error:
                 yield Verdict("STALE", m.file, 0, m.mistake, "", str(error), 0.0)
                 continue
-            running[Trial(source, folder / str(number), m.tests, limit, (m.file, text))] = (m, line)
+            running[Trial(source, folder / str(number), m.tests, limit, **{m.file: text})] = (m, line)
         ended = wait([t.process.sentinel for t in running], min((t.left for t in running), default=0.0))
         for trial in [t for t in running if t.process.sentinel in ended or not t.left]:
-            (m, line), seconds = running.pop(trial), time.monotonic() - trial.began
-            yield verdict(m, line, trial.end(), seconds)
+            m, line = running.pop(trial)
+            yield judge(m, line, trial.end(), time.monotonic() - trial.began)
 
 
-def verdict(m: Mutation, line: int, report: Report | None, seconds: float) -> Verdict:
-    """From what the tests said; None: they hang."""
-    if report is None:
-        return Verdict("timeout", m.file, line, m.mistake, " ".join(m.tests), f"no end after {seconds:.0f} s", seconds)
-    for outcome, found in (("killed", report.failed), ("BROKEN", report.broken)):
-        if found:
-            return Verdict(outcome, m.file, line, m.mistake, *found[0], seconds)  # type: ignore[arg-type]
-    return Verdict("SURVIVED", m.file, line, m.mistake, "", f"{len(report.passed)} tests passed", seconds)
-
-
-def row(v: Verdict) -> str:
-    """A line of the table."""
-    by = v.by if v.outcome == "killed" else f"{v.by} ({v.why})".strip()
-    return f"{v.outcome:9}{v.seconds:6.1f} s  {f'{v.file}:{v.line}':16} {v.mistake:70} {by}"
+def judge(m: Mutation, line: int, seen: Seen | None, seconds: float) -> Verdict:
+    """The verdict on a mistake, from what the tests did; None: they hang."""
+    if seen is None:
+        return Verdict("timeout", m.file, line, m.mistake, " ".join(m.tests), "no end", seconds)
+    for kind, outcome in (("failed", "killed"), ("broken", "BROKEN")):
+        for _, test, why in (x for x in seen if x[0] == kind):
+            return Verdict(outcome, m.file, line, m.mistake, test, why, seconds)
+    return Verdict("SURVIVED", m.file, line, m.mistake, "", f"{len(seen)} tests ran", seconds)
 
 
 def mutants(cfg: Mutants) -> bool:
     """Try and print; whether every mistake is noticed. Raises `UserError` where that cannot be said."""
-    preload, everything = read(cfg.file)
-    chosen = [m for m in everything if not cfg.words or any(w in m.file or w in m.mistake for w in cfg.words)]
+    preload, rows = read(cfg.file)
+    chosen = [m for m in rows if not cfg.words or any(w in m.file or w in m.mistake for w in cfg.words)]
     if not chosen:
-        raise UserError(f"no mistake has {' or '.join(cfg.words) or 'a row'} in its file or description")
+        raise UserError(f"{cfg.file}: no mistake has {' or '.join(cfg.words) or 'a row'} in its file or description")
+    table = sys.stderr if cfg.json else sys.stdout
     began = time.monotonic()
     for name in preload:
         with contextlib.suppress(ImportError):  # the tests will say what is missing
             importlib.import_module(name)
     found = []
-    with tempfile.TemporaryDirectory() as temporary:
-        source, folder = Path(temporary) / "source", Path(temporary)
-        copy_tree(cfg.root, source)
+    with tempfile.TemporaryDirectory() as place:
+        source, folder = Path(place) / "source", Path(place)
+        copy_tree(cfg.file.resolve().parent.parent, source)
         passed = check_unchanged(source, folder / "unchanged", chosen, 10 * cfg.timeout)
-        if not cfg.json:
-            print(f"{passed} tests pass on the unchanged tree, {time.monotonic() - began:.0f} s", flush=True)
-        for v in verdicts(source, folder, chosen, cfg.jobs, cfg.timeout):
-            found.append(v)
-            if not cfg.json:
-                print(row(v), flush=True)
-    seconds = round(time.monotonic() - began, 1)
-    noticed = sum(v.noticed for v in found)
+        print(f"{passed} tests pass on the unchanged tree, {time.monotonic() - began:.0f} s", file=table, flush=True)
+        for verdict in verdicts(source, folder, chosen, cfg.jobs, cfg.timeout):
+            found.append(verdict)
+            print(verdict, file=table, flush=True)
+    noticed, seconds = sum(v.outcome in NOTICED for v in found), time.monotonic() - began
+    print(f"{noticed} of {len(found)} mistakes are noticed, {seconds:.0f} s", file=table)
     if cfg.json:
         print(json.dumps({"noticed": noticed, "seconds": seconds, "mistakes": [asdict(v) for v in found]}))
-    else:
-        print(f"{noticed} of {len(found)} mistakes are noticed, {seconds:.0f} s")
     return noticed == len(found)
 
 

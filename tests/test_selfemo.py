@@ -495,10 +495,10 @@ def test_gradients_of_one_mini_batch_do_not_leak_into_the_next(policy):
 
 
 def test_a_group_is_scored_by_hand(monkeypatch):
-    """Gold joy. Recognised: joy; joy and anger by halves; nothing valid. Eqs. 8-10: 1 + .1; .5/1.5 + .1 = .433333; 0. Eq. 11:
-    joy 1.5 of 2, anger .5 of 2. Eq. 12: 1/3, 2/3, 0. Eq. 13 at lambda .5: mean .511111, std sqrt(.614074/2) = .554109, so
-    1.062766, -.140365, -.922400; second term 0, 1, -1 (less 3e-6), halved. What the answers feel (anger) is the label of the
-    new sample and earns nothing."""
+    """Gold joy. Recognised: joy; joy and anger by halves; nothing valid. Eqs. 8-10: 1 + .1; .5/1.5 + .1 = .433333; 0.
+    Eq. 11: joy 1.5 of 2, anger .5 of 2. Eq. 12: 1/3, 2/3, 0. Eq. 13 at lambda .5: mean .511111, std sqrt(.614074/2) =
+    .554109, so 1.062766, -.140365, -.922400; second term 0, 1, -1 (less 3e-6), halved. What the answers feel (anger) is
+    the label of the new sample and earns nothing."""
     monkeypatch.setattr(World, "encode", lambda w, sample: ([5, 6], ""))
     felt = {"anger": 1.0}
     parses = [Output("x", {"joy": 1.0}, felt, "Oh.", {}), Output("x", {"joy": 0.5, "anger": 0.5}, felt, "Hm.", {})]

@@ -9,6 +9,7 @@ which has imported the slow libraries and nothing of the copy. Exit status 1 if 
 """
 
 import contextlib
+import gc
 import importlib
 import json
 import multiprocessing
@@ -21,7 +22,7 @@ import time
 import tomllib
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,8 @@ from data import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 TOP = {".py", ".toml", ".md", ".txt"}  # what a copy has of the files at the top; tests/ and tools/ come whole
+PYTEST = ("-x", "-p", "no:cacheprovider", "-p", "no:anyio", "--basetemp", "temporary")  # anyio imports much, for nobody
 CLUMSY = ("SyntaxError", "NameError", "ImportError", "ModuleNotFoundError")  # these show a row that is wrong, not a test
-NOTICED = ("killed", "timeout")
 Seen = list[tuple[str, str, str]]  # kind (passed failed skipped broken), node id, first line of the message
 
 
@@ -77,22 +78,19 @@ class Mutation:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a mistake. `by`: the first test that failed, or all that hang; `why`: the first line of its message.
-
-    Outcomes: killed, timeout, SURVIVED, BROKEN (no test could judge it), STALE (the line is not there any more).
-    """
+    """killed, timeout, SURVIVED, BROKEN (no test could judge it) or STALE (its line is gone); by which test, and why."""
 
     outcome: str
-    file: str
+    mutation: Mutation
     line: int
-    mistake: str
     by: str
     why: str
     seconds: float
 
     def __str__(self) -> str:
-        by = self.by if self.outcome == "killed" else f"{self.by} ({self.why})".strip()
-        return f"{self.outcome:9}{self.seconds:5.1f} s  {f'{self.file}:{self.line}':15} {self.mistake:66} {by}"
+        by, where = f"{self.by} ({self.why})".strip(), f"{self.mutation.file}:{self.line}"
+        shown = self.by if self.outcome == "killed" else by
+        return f"{self.outcome:9}{self.seconds:5.1f} s  {where:15} {self.mutation.mistake:66} {shown}"
 
 
 def read(path: Path) -> tuple[list[str], list[Mutation]]:
@@ -104,12 +102,11 @@ def read(path: Path) -> tuple[list[str], list[Mutation]]:
         raise UserError(f"{path}: {error}; it has preload, and rows of file, mistake, old, new and tests") from None
 
 
+@dataclass(eq=False)
 class Recorder:
     """A pytest plugin that notes what tests did. Only what fails in a test itself, not before or after it, is `failed`."""
 
-    def __init__(self) -> None:
-        """Nothing has run yet."""
-        self.seen: Seen = []
+    seen: Seen = field(default_factory=list)
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         """A phase of a test has ended, or a test file was read."""
@@ -128,16 +125,16 @@ def run_tests(folder: Path, tests: Sequence[str]) -> None:
     os.setsid()
     os.chdir(folder)
     for stream in (1, 2):
-        os.dup2(os.open("said.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
-    for name, module in list(sys.modules.items()):
-        if Path(getattr(module, "__file__", None) or "/").parent in (ROOT, ROOT / "tools"):
-            del sys.modules[name]
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+    places = {name: Path(getattr(module, "__file__", None) or "/").parent for name, module in sys.modules.items()}
+    for name in (name for name, place in places.items() if place in (ROOT, ROOT / "tools")):
+        del sys.modules[name]
     sys.path[:] = [str(folder), *(entry for entry in sys.path if Path(entry).resolve() != ROOT)]
     recorder = Recorder()
-    status = pytest.main(["-x", "-p", "no:cacheprovider", "--basetemp", "temporary", *tests], plugins=[recorder])
+    status = pytest.main([*PYTEST, *tests], plugins=[recorder])
     if status > pytest.ExitCode.TESTS_FAILED and not recorder.seen:
         recorder.seen.append(("broken", "", f"pytest ended with {status}: {' '.join(tests)}"))
-    Path("seen.json").write_text(json.dumps(recorder.seen), encoding="utf-8")
+    (folder / "seen.json").write_text(json.dumps(recorder.seen), encoding="utf-8")
 
 
 class Trial:
@@ -145,24 +142,20 @@ class Trial:
 
     def __init__(self, source: Path, folder: Path, tests: Sequence[str], limit: float, **changed: str) -> None:
         """Start the tests. `changed`: the new texts of files."""
-        self.folder, self.limit, self.began = folder, limit, time.monotonic()
+        self.folder, self.began, self.last = folder, time.monotonic(), time.monotonic() + limit
         shutil.copytree(source, folder)
         for file, text in changed.items():
             (folder / file).write_text(text, encoding="utf-8")
         self.process = multiprocessing.get_context("fork").Process(target=run_tests, args=(folder, tests))
         self.process.start()
 
-    @property
-    def left(self) -> float:
-        """Seconds until it counts as hanging."""
-        return max(0.0, self.began + self.limit - time.monotonic())
-
     def end(self) -> Seen | None:
         """What the tests did; None if they hang. The processes, the tests' own too, and the copy are gone then."""
-        self.process.join(self.left)
+        self.process.join(max(0.0, self.last - time.monotonic()))
         hangs = self.process.is_alive()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid or 0, signal.SIGKILL)
+        self.process.kill()
         self.process.join()
         path = self.folder / "seen.json"
         crashed = [["broken", "", f"the process ended with {self.process.exitcode}"]]
@@ -187,13 +180,11 @@ def check_unchanged(source: Path, folder: Path, mutations: Sequence[Mutation], l
     seen = Trial(source, folder, named, limit).end()
     if seen is None:
         raise UserError(f"on the unchanged tree the tests take more than {limit:g} s: raise --timeout")
-    for kind, test, why in seen:
-        if kind in ("failed", "broken"):
-            raise UserError(f"on the unchanged tree {test or 'the run'} fails, so nothing can be said: {why}")
+    if bad := [f"{test or 'the run'} fails: {why}" for kind, test, why in seen if kind in ("failed", "broken")]:
+        raise UserError(f"nothing can be said, on the unchanged tree {bad[0]}")
     passed = [test for kind, test, _ in seen if kind == "passed"]
-    for test in named:
-        if not any(p == test or p.startswith((f"{test}[", f"{test}::")) for p in passed):
-            raise UserError(f"{test}: nothing of it passed on the unchanged tree (skipped, perhaps)")
+    if silent := [t for t in named if not any(p == t or p.startswith((f"{t}[", f"{t}::")) for p in passed)]:
+        raise UserError(f"nothing of {silent[0]} passed on the unchanged tree (skipped, perhaps)")
     return len(passed)
 
 
@@ -206,23 +197,22 @@ def verdicts(source: Path, folder: Path, mutations: Sequence[Mutation], jobs: in
             try:
                 text, line = m.apply((source / m.file).read_text(encoding="utf-8"))
             except (OSError, ValueError) as error:
-                yield Verdict("STALE", m.file, 0, m.mistake, "", str(error), 0.0)
+                yield Verdict("STALE", m, 0, "", str(error), 0.0)
                 continue
             running[Trial(source, folder / str(number), m.tests, limit, **{m.file: text})] = (m, line)
-        ended = wait([t.process.sentinel for t in running], min((t.left for t in running), default=0.0))
-        for trial in [t for t in running if t.process.sentinel in ended or not t.left]:
+        ended = wait([t.process.sentinel for t in running], min((t.last for t in running), default=0) - time.monotonic())
+        for trial in [t for t in running if t.process.sentinel in ended or t.last < time.monotonic()]:
             m, line = running.pop(trial)
             yield judge(m, line, trial.end(), time.monotonic() - trial.began)
 
 
 def judge(m: Mutation, line: int, seen: Seen | None, seconds: float) -> Verdict:
-    """The verdict on a mistake, from what the tests did; None: they hang."""
+    """The verdict on a mistake from what the tests did; None: they hang."""
     if seen is None:
-        return Verdict("timeout", m.file, line, m.mistake, " ".join(m.tests), "no end", seconds)
-    for kind, outcome in (("failed", "killed"), ("broken", "BROKEN")):
-        for _, test, why in (x for x in seen if x[0] == kind):
-            return Verdict(outcome, m.file, line, m.mistake, test, why, seconds)
-    return Verdict("SURVIVED", m.file, line, m.mistake, "", f"{len(seen)} tests ran", seconds)
+        return Verdict("timeout", m, line, " ".join(m.tests), "no end", seconds)
+    outcomes = {"failed": "killed", "broken": "BROKEN"}
+    kind, test, why = next((x for x in seen if x[0] in outcomes), ("", "", f"{len(seen)} tests ran"))
+    return Verdict(outcomes.get(kind, "SURVIVED"), m, line, test, why, seconds)
 
 
 def mutants(cfg: Mutants) -> bool:
@@ -236,6 +226,7 @@ def mutants(cfg: Mutants) -> bool:
     for name in preload:
         with contextlib.suppress(ImportError):  # the tests will say what is missing
             importlib.import_module(name)
+    gc.freeze()  # pytest collects garbage at its end: not among all of torch
     found = []
     with tempfile.TemporaryDirectory() as place:
         source, folder = Path(place) / "source", Path(place)
@@ -245,7 +236,7 @@ def mutants(cfg: Mutants) -> bool:
         for verdict in verdicts(source, folder, chosen, cfg.jobs, cfg.timeout):
             found.append(verdict)
             print(verdict, file=table, flush=True)
-    noticed, seconds = sum(v.outcome in NOTICED for v in found), time.monotonic() - began
+    noticed, seconds = sum(v.outcome in ("killed", "timeout") for v in found), time.monotonic() - began
     print(f"{noticed} of {len(found)} mistakes are noticed, {seconds:.0f} s", file=table)
     if cfg.json:
         print(json.dumps({"noticed": noticed, "seconds": seconds, "mistakes": [asdict(v) for v in found]}))
@@ -255,7 +246,7 @@ def mutants(cfg: Mutants) -> bool:
 def main() -> int:
     """Exit status 1 if a mistake is not noticed, 2 for a user's mistake."""
     try:
-        return 0 if mutants(tyro.cli(Mutants, use_underscores=True, description=__doc__)) else 1
+        return int(not mutants(tyro.cli(Mutants, use_underscores=True, description=__doc__)))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

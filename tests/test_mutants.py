@@ -138,7 +138,7 @@ def test_all_noticed_is_status_0_and_a_hang_is_named(project):
     status, out, _ = run(project, "killed", "endless", "--timeout", "4")
     assert status == 0
     first, second, third, last = out.splitlines()
-    assert first.startswith("2 tests pass on the unchanged tree")
+    assert first.startswith("2 tests pass without a mistake")
     assert second.startswith("killed ") and "calc.py:2" in second and second.endswith(f"{HALF}[4]")
     assert third.startswith("timeout ") and "endless" in third
     assert last.startswith("2 of 2 mistakes are noticed")

@@ -3,9 +3,9 @@
     python -m tools.mutants
     python -m tools.mutants D5 cache.py --jobs 2 --json
 
-mutants.toml, beside this file, has a row a mistake: one line of one file, and the tests that should notice it. The tests of
-all rows must first pass on an unchanged copy. Then each mistake has a copy and a process of its own, forked from this one,
-which has imported the slow libraries and nothing of the copy. Exit status 1 if a mistake survives or can no longer be made.
+mutants.toml, beside this file, has a row a mistake: one line of one file, and the tests that should notice it. They must
+first pass on an unchanged copy. Then each mistake has a copy and a process of its own, forked from this one, which has
+imported the slow libraries and nothing of ours. Exit status 1 if a mistake survives or can no longer be made.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ import tyro
 from data import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-TOP = {".py", ".toml", ".md", ".txt"}  # what a copy has of the files at the top; tests/ and tools/ come whole
+TOP = {".py", ".toml", ".md", ".txt"}
 PYTEST = ("-x", "-p", "no:cacheprovider", "-p", "no:anyio", "--basetemp", "temporary")  # anyio imports much, for nobody
 CLUMSY = ("SyntaxError", "NameError", "ImportError", "ModuleNotFoundError")  # these show a row that is wrong, not a test
 Seen = list[tuple[str, str, str]]  # kind (passed failed skipped broken), node id, first line of the message
@@ -88,9 +88,8 @@ class Verdict:
     seconds: float
 
     def __str__(self) -> str:
-        by, where = f"{self.by} ({self.why})".strip(), f"{self.mutation.file}:{self.line}"
-        shown = self.by if self.outcome == "killed" else by
-        return f"{self.outcome:9}{self.seconds:5.1f} s  {where:15} {self.mutation.mistake:66} {shown}"
+        by, where = self.by if self.outcome == "killed" else f"{self.by} ({self.why})", f"{self.mutation.file}:{self.line}"
+        return f"{self.outcome:9}{self.seconds:5.1f} s  {where:15} {self.mutation.mistake:66} {by.strip()}"
 
 
 def read(path: Path) -> tuple[list[str], list[Mutation]]:
@@ -157,21 +156,16 @@ class Trial:
             os.killpg(self.process.pid or 0, signal.SIGKILL)
         self.process.kill()
         self.process.join()
-        path = self.folder / "seen.json"
-        crashed = [["broken", "", f"the process ended with {self.process.exitcode}"]]
-        seen = json.loads(path.read_text(encoding="utf-8")) if path.exists() else crashed
+        path, ended = self.folder / "seen.json", f"the process ended with {self.process.exitcode}"
+        seen = json.loads(path.read_text(encoding="utf-8")) if path.exists() else [("broken", "", ended)]
         shutil.rmtree(self.folder)
         return None if hangs else [(kind, test, why) for kind, test, why in seen]
 
 
 def copy_tree(root: Path, target: Path) -> None:
-    """What tests need of a tree: the files at its top, tests/ and tools/."""
-    target.mkdir()
-    for path in root.iterdir():
-        if path.is_file() and path.suffix in TOP:
-            shutil.copy2(path, target)
-        elif path.name in ("tests", "tools"):
-            shutil.copytree(path, target / path.name, ignore=shutil.ignore_patterns("__pycache__"))
+    """What tests need of a tree: code, settings and documents at its top, tests/ and tools/."""
+    top = {path.name for path in root.iterdir() if path.suffix in TOP or path.name in ("tests", "tools")}
+    shutil.copytree(root, target, ignore=lambda at, names: {*names} - top if Path(at) == root else {"__pycache__"})
 
 
 def check_unchanged(source: Path, folder: Path, mutations: Sequence[Mutation], limit: float) -> int:
@@ -221,8 +215,7 @@ def mutants(cfg: Mutants) -> bool:
     chosen = [m for m in rows if not cfg.words or any(w in m.file or w in m.mistake for w in cfg.words)]
     if not chosen:
         raise UserError(f"{cfg.file}: no mistake has {' or '.join(cfg.words) or 'a row'} in its file or description")
-    table = sys.stderr if cfg.json else sys.stdout
-    began = time.monotonic()
+    began, table = time.monotonic(), sys.stderr if cfg.json else sys.stdout
     for name in preload:
         with contextlib.suppress(ImportError):  # the tests will say what is missing
             importlib.import_module(name)
@@ -232,7 +225,7 @@ def mutants(cfg: Mutants) -> bool:
         source, folder = Path(place) / "source", Path(place)
         copy_tree(cfg.file.resolve().parent.parent, source)
         passed = check_unchanged(source, folder / "unchanged", chosen, 10 * cfg.timeout)
-        print(f"{passed} tests pass on the unchanged tree, {time.monotonic() - began:.0f} s", file=table, flush=True)
+        print(f"{passed} tests pass without a mistake, {time.monotonic() - began:.0f} s", file=table, flush=True)
         for verdict in verdicts(source, folder, chosen, cfg.jobs, cfg.timeout):
             found.append(verdict)
             print(verdict, file=table, flush=True)

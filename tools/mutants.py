@@ -126,7 +126,7 @@ def run_tests(folder: Path, tests: Sequence[str]) -> None:
     for stream in (1, 2):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     places = {name: Path(getattr(module, "__file__", None) or "/").parent for name, module in sys.modules.items()}
-    for name in (name for name, place in places.items() if place in (ROOT, ROOT / "tools")):
+    for name in (n for n, place in places.items() if place in (ROOT, ROOT / "tools") and n != "__main__"):
         del sys.modules[name]
     sys.path[:] = [str(folder), *(entry for entry in sys.path if Path(entry).resolve() != ROOT)]
     recorder = Recorder()

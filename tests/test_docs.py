@@ -309,6 +309,7 @@ def accepted():
         "toy.py gold-sft": {"seed"},
         "tools.report": fields("tools.report", "Report"),
         "tools.ablate": fields("tools.ablate", "Ablate") | fields("config", "Config"),
+        "tools.mutants": fields("tools.mutants", "Mutants"),
     }
 
 

@@ -33,7 +33,6 @@ import tyro
 from data import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-TOP = {".py", ".toml", ".md", ".txt"}
 PYTEST = ("-x", "-p", "no:cacheprovider", "-p", "no:anyio", "--basetemp", "temporary")  # anyio imports much, for nobody
 CLUMSY = ("SyntaxError", "NameError", "ImportError", "ModuleNotFoundError")  # these show a row that is wrong, not a test
 Seen = list[tuple[str, str, str]]  # kind (passed failed skipped broken), node id, first line of the message
@@ -124,7 +123,7 @@ def run_tests(folder: Path, tests: Sequence[str]) -> None:
     os.setsid()
     os.chdir(folder)
     for stream in (1, 2):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        os.dup2(os.open("said.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     places = {name: Path(getattr(module, "__file__", None) or "/").parent for name, module in sys.modules.items()}
     for name in (n for n, place in places.items() if place in (ROOT, ROOT / "tools") and n != "__main__"):
         del sys.modules[name]
@@ -132,7 +131,8 @@ def run_tests(folder: Path, tests: Sequence[str]) -> None:
     recorder = Recorder()
     status = pytest.main([*PYTEST, *tests], plugins=[recorder])
     if status > pytest.ExitCode.TESTS_FAILED and not recorder.seen:
-        recorder.seen.append(("broken", "", f"pytest ended with {status}: {' '.join(tests)}"))
+        said = (folder / "said.txt").read_text(encoding="utf-8", errors="replace").partition("ERROR: ")[2]
+        recorder.seen.append(("broken", "", f"pytest ended with {status} {' '.join(said.splitlines()[:1])}"))
     (folder / "seen.json").write_text(json.dumps(recorder.seen), encoding="utf-8")
 
 
@@ -164,7 +164,7 @@ class Trial:
 
 def copy_tree(root: Path, target: Path) -> None:
     """What tests need of a tree: code, settings and documents at its top, tests/ and tools/."""
-    top = {path.name for path in root.iterdir() if path.suffix in TOP or path.name in ("tests", "tools")}
+    top = {p.name for p in root.iterdir() if p.suffix in (".py", ".toml", ".md", ".txt") or p.name in ("tests", "tools")}
     shutil.copytree(root, target, ignore=lambda at, names: {*names} - top if Path(at) == root else {"__pycache__"})
 
 
@@ -193,7 +193,7 @@ def verdicts(source: Path, folder: Path, mutations: Sequence[Mutation], jobs: in
             except (OSError, ValueError) as error:
                 yield Verdict("STALE", m, 0, "", str(error), 0.0)
                 continue
-            running[Trial(source, folder / str(number), m.tests, limit, **{m.file: text})] = (m, line)
+            running[Trial(source, folder / f"{number}", m.tests, limit, **{m.file: text})] = (m, line)
         ended = wait([t.process.sentinel for t in running], min((t.last for t in running), default=0) - time.monotonic())
         for trial in [t for t in running if t.process.sentinel in ended or t.last < time.monotonic()]:
             m, line = running.pop(trial)

@@ -1065,18 +1065,21 @@ def test_d14_gold_for_train_replaces_the_files_own(place, tmp_path):
 
 
 def test_d24_drop_overlap_drops_train_dialogues_that_share_lines_with_test(place, tmp_path):
-    shared = [
-        {"speaker": "Ann", "text": "I never thought that this would work.", "label": "joy"},
-        {"speaker": "Bo", "text": "Then you were wrong about all of it.", "label": "anger"},
-    ]
-    for split in ("train", "dev", "test"):
-        (tmp_path / f"{split}.jsonl").write_text(json.dumps({"id": "copy", "turns": shared}) + "\n")
-    own = (place.root / "world/train.jsonl").read_text()
-    with (tmp_path / "train.jsonl").open("a") as file:
-        file.write(own)
+    """Two more train dialogues of two samples: one shares its lines with test and goes, one with dev and stays."""
+    rows = {}
+    for split, words in (("test", ("work", "wrong")), ("dev", ("rain", "late"))):
+        lines_of = [f"I never thought that this would {words[0]}.", f"Then you were {words[1]} about all of it."]
+        turns = [{"speaker": who, "text": text, "label": "joy"} for who, text in zip(("Ann", "Bo"), lines_of, strict=True)]
+        rows[split] = json.dumps({"id": f"like-{split}", "turns": turns}) + "\n"
+        (tmp_path / f"{split}.jsonl").write_text(rows[split])
+    (tmp_path / "train.jsonl").write_text(rows["test"] + rows["dev"] + (place.root / "world/train.jsonl").read_text())
     (tmp_path / "labels.json").write_text(json.dumps(EMOTIONS))
-    for switch, expected in (("false", 26), ("true", 24)):
-        assert len(opened(place, "--data", f"tiny={tmp_path}", "--drop_overlap", switch).originals) == expected
+    found = {}
+    for switch in ("false", "true"):
+        w = opened(place, "--data", f"tiny={tmp_path}", "--drop_overlap", switch)
+        found[switch] = {s.id for s in w.originals}
+    assert len(found["false"]) == 28
+    assert found["false"] - found["true"] == {"tiny/train/like-test/0", "tiny/train/like-test/1"}
 
 
 def test_the_tiny_prompts_are_those_that_the_runs_use(place):

@@ -410,6 +410,7 @@ def accepted():
         "tools.curves": fields("tools.curves", "Curves"),
         "tools.replay": fields("tools.replay", "Replay"),
         "tools.links": {"write"},
+        "tools.mutants": fields("tools.mutants", "Mutants"),
     }
 
 

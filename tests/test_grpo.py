@@ -276,6 +276,7 @@ def test_eq_14_gradient_inside_the_clip_range(ratio, mean, gradient):
         (1.5, -1.0, 1.5, 1.5),  # blame above 1 + eps: never clipped
         (0.5, 1.0, -0.5, -0.5),  # gain below 1 - eps: may come back
         (0.5, -1.0, 0.8, 0.0),  # blame already paid: clipped
+        (50.0, -1.0, 50.0, 50.0),  # blame however large: no second clip (D4)
     ],
 )
 def test_eq_14_clipping_stops_gain_but_not_blame(ratio, adv, loss, gradient):

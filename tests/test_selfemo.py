@@ -109,6 +109,18 @@ def test_order_of_prompts_depends_on_seed_and_iteration():
     assert len(set(map(tuple, orders))) == 3
 
 
+def test_d7_every_iteration_draws_from_the_beginning_of_its_own_buffer(monkeypatch):
+    """3 samples, 2 a step: S = 2. RL steps 0 and 1 are draws 0 and 1 of iteration 1, 2 and 3 those of iteration 2."""
+    asked = []
+    idle = {name: lambda *_: None for name in ("cold_start", "rollout", "score", "update", "retrain", "finish")}
+    steps = {"rl_stage": lambda run, w, policy, k: iter([2 * k - 2, 2 * k - 1]), "select": lambda *_: []}
+    for name, stand_in in {**idle, **steps, "open_buffer": lambda run, w: Buffer(w.originals)}.items():
+        monkeypatch.setattr(selfemo, name, stand_in)
+    monkeypatch.setattr(Buffer, "draw", lambda buffer, k, step, cfg: asked.append((k, step)))
+    selfemo.self_emo(None, world(3), None)
+    assert asked == [(1, 0), (1, 1), (2, 0), (2, 1)]
+
+
 # D11, D27: the buffer
 
 
@@ -427,6 +439,18 @@ def test_d6_the_kl_enters_the_loss_times_its_coefficient(policy, monkeypatch):
     assert (found[1] - found[0]).norm() > 1e-3
 
 
+def test_d1_the_kl_draws_the_policy_to_the_reference(policy):
+    """No advantage, the reference .5 nats above on every token: k3 = e^.5 - 1.5 = .148721, and a step raises the answers."""
+    batch = [scored("a", (0.0, 0.0, 0.0), (4, 5, 6))]
+    before = selfemo.logprobs(policy, [batch[0].group], CFG)
+    teacher = learner(policy, replace(CFG, lr=1e-3))
+    values = mini_batch(policy, teacher, batch, Scores(before, [x + 0.5 for x in before]), CFG)
+    assert values["loss/kl"] == pytest.approx(0.148721, abs=1e-6)
+    teacher.optimizer.step()
+    after = selfemo.logprobs(policy, [batch[0].group], CFG)
+    assert all(a.sum() > b.sum() for a, b in zip(after, before, strict=True))
+
+
 def test_gradient_is_not_zero_where_the_loss_is(policy):
     """First update, equal lengths, advantages that sum to 0: loss 0, and yet there is something to learn."""
     batch = [scored("a", (1.0, 0.5, -1.5), (4, 4, 4))]
@@ -468,6 +492,23 @@ def test_gradients_of_one_mini_batch_do_not_leak_into_the_next(policy):
 
 
 # One RL step
+
+
+def test_a_group_is_scored_by_hand(monkeypatch):
+    """Gold joy. Recognised: joy; joy and anger by halves; nothing valid. Eqs. 8-10: 1 + .1; .5/1.5 + .1 = .433333; 0.
+    Eq. 11: joy 1.5 of 2, anger .5 of 2. Eq. 12: 1/3, 2/3, 0. Eq. 13 at lambda .5: mean .511111, std sqrt(.614074/2) =
+    .554109, so 1.062766, -.140365, -.922400; second term 0, 1, -1 (less 3e-6), halved. What the answers feel (anger) is
+    the label of the new sample and earns nothing."""
+    monkeypatch.setattr(World, "encode", lambda w, sample: ([5, 6], ""))
+    felt = {"anger": 1.0}
+    parses = [Output("x", {"joy": 1.0}, felt, "Oh.", {}), Output("x", {"joy": 0.5, "anger": 0.5}, felt, "Hm.", {})]
+    group = [Answer((1, END), (0.0, 0.0), True, "", parse) for parse in (*parses, Failure("think", ""))]
+    (found,) = selfemo.score(world(1), [sample("a")], [group], 0.5, 1)
+    assert found.rewards == pytest.approx((1.1, 0.433333, 0.0), abs=1e-6)
+    assert found.core == {"joy": 0.75, "anger": 0.25}
+    assert found.consistencies == (1 / 3, 2 / 3, 0.0)
+    assert found.advantages == pytest.approx((1.062766, 0.359633, -1.422399), abs=3e-6)
+    assert (found.prompt_ids, found.selection.index, found.selection.child.gold) == ((5, 6), 0, felt)
 
 
 def one_update(batch, cfg=CFG, k=1, t=0):
@@ -716,6 +757,23 @@ def test_evaluations_before_and_after_every_stage_and_test_once(finished):
     ]  # fmt: skip
     tests = [m["when"] for m in lines(finished / "metrics.jsonl") if any(name.startswith("test/") for name in m)]
     assert tests == ["test"]
+
+
+def test_a_run_is_scored_on_dev_and_its_end_once_on_test(monkeypatch, tmp_path):
+    """No look at test before the model is final."""
+    seen = []
+
+    def evaluation(run, w, policy, sets, k, t, name, when):
+        seen.append((name, when, {label: [s.id for s in own] for label, own in sets.items()}))
+
+    monkeypatch.setattr(selfemo, "evaluation", evaluation)
+    monkeypatch.setattr(selfemo, "export", lambda *_: None)
+    monkeypatch.setattr(selfemo, "stage_steps", lambda *_: iter([(0, None)]))
+    w = replace(world(1), dev=(sample("x", id="w/dev/x"),), test=(sample("y", id="w/test/y"),))
+    selfemo.evaluate_dev(desk(), w, None, 1, 0, "RL step 0")
+    selfemo.finish(desk(tmp_path), w, None)
+    dev, test = {"w": ["w/dev/x"]}, {"w": ["w/test/y"]}
+    assert seen == [("eval", "RL step 0", dev), ("eval", "after SFT 2", dev), ("test", "test", test)]
 
 
 def test_d6_kl_is_0_at_the_first_step_of_every_iteration_only(finished):
@@ -1007,18 +1065,21 @@ def test_d14_gold_for_train_replaces_the_files_own(place, tmp_path):
 
 
 def test_d24_drop_overlap_drops_train_dialogues_that_share_lines_with_test(place, tmp_path):
-    shared = [
-        {"speaker": "Ann", "text": "I never thought that this would work.", "label": "joy"},
-        {"speaker": "Bo", "text": "Then you were wrong about all of it.", "label": "anger"},
-    ]
-    for split in ("train", "dev", "test"):
-        (tmp_path / f"{split}.jsonl").write_text(json.dumps({"id": "copy", "turns": shared}) + "\n")
-    own = (place.root / "world/train.jsonl").read_text()
-    with (tmp_path / "train.jsonl").open("a") as file:
-        file.write(own)
+    """Two more train dialogues of two samples: one shares its lines with test and goes, one with dev and stays."""
+    rows = {}
+    for split, words in (("test", ("work", "wrong")), ("dev", ("rain", "late"))):
+        lines_of = [f"I never thought that this would {words[0]}.", f"Then you were {words[1]} about all of it."]
+        turns = [{"speaker": who, "text": text, "label": "joy"} for who, text in zip(("Ann", "Bo"), lines_of, strict=True)]
+        rows[split] = json.dumps({"id": f"like-{split}", "turns": turns}) + "\n"
+        (tmp_path / f"{split}.jsonl").write_text(rows[split])
+    (tmp_path / "train.jsonl").write_text(rows["test"] + rows["dev"] + (place.root / "world/train.jsonl").read_text())
     (tmp_path / "labels.json").write_text(json.dumps(EMOTIONS))
-    for switch, expected in (("false", 26), ("true", 24)):
-        assert len(opened(place, "--data", f"tiny={tmp_path}", "--drop_overlap", switch).originals) == expected
+    found = {}
+    for switch in ("false", "true"):
+        w = opened(place, "--data", f"tiny={tmp_path}", "--drop_overlap", switch)
+        found[switch] = {s.id for s in w.originals}
+    assert len(found["false"]) == 28
+    assert found["false"] - found["true"] == {"tiny/train/like-test/0", "tiny/train/like-test/1"}
 
 
 def test_the_tiny_prompts_are_those_that_the_runs_use(place):

@@ -202,6 +202,12 @@ def label_set(dataset: str, root: str | Path) -> tuple[str, ...]:
         return tuple(_weights(dict.fromkeys(names, 1.0)))
 
 
+UNREADABLE = (
+    *(csv.Error, AttributeError, TypeError, ValueError, ArithmeticError, SyntaxError),
+    *(RecursionError, MemoryError),
+)
+
+
 @contextmanager
 def _reading(where: str, shape: str) -> Iterator[None]:
     """Whatever goes wrong inside becomes one line: where, what, and the shape that is expected."""
@@ -209,8 +215,8 @@ def _reading(where: str, shape: str) -> Iterator[None]:
         yield
     except KeyError as error:
         raise UserError(f"{where}: {error} is missing; expected {shape}") from None
-    except (csv.Error, AttributeError, TypeError, ValueError, ArithmeticError, SyntaxError, RecursionError, MemoryError) as e:
-        raise UserError(f"{where}: {str(e)[:400]}; expected {shape}") from None
+    except UNREADABLE as error:
+        raise UserError(f"{where}: {str(error)[:400]}; expected {shape}") from None
 
 
 def _text(path: Path) -> str:
@@ -225,7 +231,7 @@ def _text(path: Path) -> str:
         raise UserError(f"{path}:{line}: not UTF-8; save the file in that encoding") from None
     if (zero := text.find("\0")) >= 0:
         line = text.count("\n", 0, zero) + 1
-        raise UserError(f"{path}:{line}: a zero byte, which no text has: the file is damaged, or in another encoding than UTF-8")
+        raise UserError(f"{path}:{line}: a zero byte, which no text has; the file is damaged, or its encoding not UTF-8")
     return text
 
 

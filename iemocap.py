@@ -258,7 +258,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     except UnicodeDecodeError:
         text = raw.decode("latin-1")  # the release is ASCII, but for what comments may hold
     if "\0" in text:
-        line = text.count("\n", 0, text.index("\0")) + 1
-        raise UserError(f"{path}:{line}: a zero byte, which no text has; {AGAIN}")
+        where = text.count("\n", 0, text.index("\0")) + 1
+        raise UserError(f"{path}:{where}: a zero byte, which no text has; {AGAIN}")
     for number, line in enumerate(text.split("\n"), start=1):
         yield number, line.strip()

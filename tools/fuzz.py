@@ -7,8 +7,8 @@
 `parse` goes on from the corpus that an earlier call left. What an answer must give is said a second time here: `expected`
 reads D8 with Python's and JSON's own readers and shares nothing with data.py but the limits. The first answer on which both
 differ, that raises, or that takes a second, ends the command; it is written to crash-* and printed.
-`loaders` breaks small valid files one way or several (`broken`). A loader has to refuse them in one line, or to give what the
-file says: `plainly` reads it a second time. tests/test_fuzz.py runs both in small.
+`loaders` breaks small valid files, one way or several (`broken`). A loader has to refuse them in one line, or to give what
+the file says: `plainly` reads it a second time. tests/test_fuzz.py runs both in small.
 """
 
 import ast
@@ -153,7 +153,7 @@ def weight(word: Any) -> float:
 
 
 def check(text: str, finished: bool = True) -> bool:
-    """Whether an answer is valid. AssertionError where `parse_output` says otherwise, or says what cannot be written again."""
+    """Whether an answer is valid. AssertionError where `parse_output` says otherwise, or what cannot be written again."""
     parse, wanted = data.parse_output(text, LABELS, finished=finished), expected(text, LABELS, finished)
     assert isinstance(parse, Output) == (wanted is not None), f"{text!r}: {parse} and not {wanted}"
     if not isinstance(parse, Output) or wanted is None:
@@ -221,7 +221,13 @@ def parse(command: Parse) -> int:
     spelt = ["".join(f"\\x{b:02x}" for b in token.encode()) for token in TOKENS if token.isascii() and len(token) < 64]
     words.write_text("".join(f'"{word}"\n' for word in spelt))
     limits = [f"-max_total_time={command.seconds}", f"-runs={command.runs}", f"-max_len={command.max_len}", "-timeout=1"]
-    flags = [*limits, f"-dict={words}", "-print_final_stats=1", f"-artifact_prefix={command.corpus.parent}/", str(command.corpus)]
+    flags = [
+        *limits,
+        f"-dict={words}",
+        "-print_final_stats=1",
+        f"-artifact_prefix={command.corpus.parent}/",
+        str(command.corpus),
+    ]
     modules = ["data", *(["tools.fuzz"] if command.deep else [])]
     return subprocess.run([sys.executable, "-c", INSIDE.replace("MODULES", repr(modules)), *flags], cwd=ROOT).returncode
 
@@ -410,7 +416,7 @@ def plain_iemocap(folder: Path) -> Reading:
             turn, code, *_ = line.partition("]")[2].split()
             if not line.strip().startswith("[") or turn in codes:
                 raise ValueError("no heading")
-            codes[turn] = iemocap.CODES[code] if code in iemocap.CODES else None
+            codes[turn] = iemocap.CODES.get(code)
     for line in found[0]:
         turn, _, rest = line.partition("[")
         if re.fullmatch(rf"{name}_[FM](\d\d\d|XX\d+)", turn.strip()):  # turns of other dialogues are passed over
@@ -480,8 +486,8 @@ def cases() -> dict[str, Case]:
     }
 
 
-ODD = (b"\0", b"\xff", b"\xc3", b"\xed\xa0\x80", b"\r", b"\n", b"\t", b'"', b"'", b",", b"{", b"}", b"[", b"\\", b"\xe2\x80\xa8", b"_")
-NUMBERS = (b"-1", b"1e999", b"NaN", b"Infinity", b"1" + b"0" * 400, b"9" * 5000, b"0", b"true", b'"1"', b"1_0", b" 1", b"null", b"[]", b"{}")
+ODD = [bytes([i]) for i in b"\0\xff\xc3\r\n\t\"',{}[\\_"] + [b"\xed\xa0\x80", "\u2028".encode()]
+NUMBERS = [*b"-1 1e999 NaN Infinity 0 true null 1_0 [] {}".split(), b" 1", b'"1"', b"1" + b"0" * 400, b"9" * 5000]
 
 
 def broken(raw: bytes, rng: random.Random) -> bytes:
@@ -513,7 +519,9 @@ def broken(raw: bytes, rng: random.Random) -> bytes:
         case 11:
             return raw[:at] + rng.choice([b"x", b"[", b'"', b"\\"]) * 140_000 + raw[at:]
         case 12:
-            return raw.decode("utf-8", "replace").encode(rng.choice(["utf-16", "utf-16-le", "utf-8-sig", "cp1252"]), "replace")
+            return raw.decode("utf-8", "replace").encode(
+                rng.choice(["utf-16", "utf-16-le", "utf-8-sig", "cp1252"]), "replace"
+            )
         case 13:
             return b"\n".join(lines[:i] + lines[i + 1 :])
     return raw.replace(b"\n", rng.choice([b"", b"\r\n", b"\r"]))
@@ -544,7 +552,16 @@ def try_case(case: Case, folder: Path, rng: random.Random) -> str:
         raise AssertionError(f"{where}: {type(error).__name__} {error}") from error
     try:
         wanted = case.plainly(folder)
-    except (ValueError, LookupError, TypeError, AttributeError, SyntaxError, csv.Error, ArithmeticError, RecursionError) as error:
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        SyntaxError,
+        csv.Error,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
         raise AssertionError(f"{where}: read as {found!r:.300}, but {type(error).__name__} {error}") from error
     assert found == wanted, f"{where}: read as {found!r:.300} and not {wanted!r:.600}"
     return "read"

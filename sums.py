@@ -46,11 +46,11 @@ def write_sums(folder: Path) -> None:
 def listed(folder: Path) -> dict[str, str]:
     """Name -> SHA-256 of the files that a folder had when it was written. Raises `UserError` where that cannot be read."""
     try:
-        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+        *lines, end = (folder / SUMS).read_bytes().decode("ascii").split("\n")
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {folder / SUMS}: {error}; was {folder} written by an earlier version?") from error
     found = [re.fullmatch(r"([0-9a-f]{64})  (\S+)", line) for line in lines]
-    if not lines or None in found:
+    if not lines or end or None in found:
         raise UserError(f"{folder / SUMS} is damaged: restore it")
     return {match[2]: match[1] for match in found if match}
 

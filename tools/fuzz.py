@@ -552,16 +552,7 @@ def try_case(case: Case, folder: Path, rng: random.Random) -> str:
         raise AssertionError(f"{where}: {type(error).__name__} {error}") from error
     try:
         wanted = case.plainly(folder)
-    except (
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        SyntaxError,
-        csv.Error,
-        ArithmeticError,
-        RecursionError,
-    ) as error:
+    except (*data.UNREADABLE, LookupError) as error:
         raise AssertionError(f"{where}: read as {found!r:.300}, but {type(error).__name__} {error}") from error
     assert found == wanted, f"{where}: read as {found!r:.300} and not {wanted!r:.600}"
     return "read"

@@ -31,7 +31,8 @@ def test_the_second_reading_by_hand():
 @pytest.mark.parametrize(
     "old, new",
     [
-        ("0.8", "0.0999"), ("'It", "'It\n"), ("\\u00e9", "\\x4"), ("\\u00e9", "\\d"), ("0.8", "1.01"), ("0.8", "True"), ("0.8", "'0.8'"), ("0.8", "nan"), ("0.8", "08"), ("0.8", "+.8"),
+        ("0.8", "0.0999"), ("'It", "'It\n"), ("\\u00e9", "\\x4"), ("\\u00e9", "\\d"),
+        ("0.8", "1.01"), ("0.8", "True"), ("0.8", "'0.8'"), ("0.8", "nan"), ("0.8", "08"), ("0.8", "+.8"),
         ("0.8", "[0.8]"), ("'joy'", "'glee'"), ("'joy'", "'FEAR'"), ("'joy'", "joy"), ("'my_output'", "'output'"),
         ("'It\\'s \\u00e9.'", "' '"), ("'It\\'s \\u00e9.'", "5"), ("'It\\'s \\u00e9.'", "'a' 'b'"), ("'It\\'s", "'It's"),
         ("Because.", ""), ("<think>", "So: <think>"), ("</think>", "</think>```python\n"), ("{'awe': 1}", "{}"),
@@ -66,7 +67,7 @@ QUOTED = st.one_of(
     st.text(max_size=30).map(repr),
     st.text(max_size=30).map(json.dumps),
     st.text(max_size=30).map(lambda text: json.dumps(text, ensure_ascii=False)),
-    st.lists(st.sampled_from([*"ab'\"\\/\n ", "\\n", "\\u0041", "\\x41", "\\x4", "\\ud83d", "\\ude00", "\\d", "é"]), max_size=9)
+    st.lists(st.sampled_from([*"ab'\"\\/\n é", "\\n", "\\u0041", "\\x41", "\\x4", "\\ud83d", "\\ude00", "\\d"]), max_size=9)
     .map("".join).flatmap(lambda inside: st.sampled_from([f"'{inside}'", f'"{inside}"'])),
 )  # fmt: skip
 SPACE = st.sampled_from(["", "", "", " ", "\n", "\t", "\u2028", "\u00a0", "\x0c"])

@@ -47,8 +47,11 @@ def listed(folder: Path) -> dict[str, str]:
     """Name -> SHA-256 of the files that a folder had when it was written. Raises `UserError` where that cannot be read."""
     try:
         *lines, end = (folder / SUMS).read_bytes().decode("ascii").split("\n")
+    except FileNotFoundError:
+        mend = "restore it, or start again with another --out"
+        raise UserError(f"{folder} has no {SUMS}: an earlier version wrote it, or it is damaged; {mend}") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {folder / SUMS}: {error}; was {folder} written by an earlier version?") from error
+        raise UserError(f"cannot read {folder / SUMS}: {error}") from error
     found = [re.fullmatch(r"([0-9a-f]{64})  (\S+)", line) for line in lines]
     if not lines or end or None in found:
         raise UserError(f"{folder / SUMS} is damaged: restore it")

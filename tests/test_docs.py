@@ -309,6 +309,8 @@ def accepted():
         "toy.py gold-sft": {"seed"},
         "tools.report": fields("tools.report", "Report"),
         "tools.ablate": fields("tools.ablate", "Ablate") | fields("config", "Config"),
+        "tools.fuzz parse": fields("tools.fuzz", "Parse"),
+        "tools.fuzz loaders": fields("tools.fuzz", "Loaders"),
     }
 
 

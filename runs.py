@@ -337,6 +337,13 @@ def damage(out: Path) -> list[str] | None:
     return changed_files(out, read_json(checkpoint / "state.json"))
 
 
+def undamaged(out: Path) -> Path:
+    """The folder of a run, unless `damage` finds any. Raises `UserError`."""
+    if found := damage(out):
+        raise UserError(f"{found[0]}: restore it; what one reads here would never have been")
+    return out
+
+
 def read_json(path: Path) -> Record:
     """A JSON object from a file. Raises `UserError` with the path where that fails."""
     try:

@@ -12,9 +12,11 @@ from tiny import tiny
 
 import audit
 import runs
+from clusters import PersonasCommand, personas_command
 from config import MAY_DIFFER
 from data import UserError
 from model import Policy, load_tokenizer
+from pairing import recorded
 from runs import Stopped, damage, newest_checkpoint, open_run, read_lines, stage_steps
 from shards import intact, read_part, save_parts, weights
 from sums import SUMS, check_model, hash_of, sha256, write_sums
@@ -77,6 +79,14 @@ def test_a_file_that_nobody_wrote_is_no_part_of_a_checkpoint(small, tmp_path):
     fresh(out, resume=True)
     shutil.copy(checkpoint / "weights.safetensors", checkpoint / "weights-00001-of-00002.safetensors")
     assert "weights-00001-of-00002.safetensors is not what was written" in refused(out)
+
+
+def test_a_list_of_sums_that_was_cut_is_refused(small, tmp_path):
+    """Also where only its last line break is gone: it may be a list that lacks lines."""
+    out = shutil.copytree(small, tmp_path / "run")
+    path = newest_checkpoint(out) / SUMS
+    path.write_text(path.read_text().removesuffix("\n"))
+    assert "SHA256SUMS is damaged" in refused(out)
 
 
 def test_a_checkpoint_of_an_earlier_version_is_refused(small, tmp_path):
@@ -191,6 +201,32 @@ def test_resume_audit_and_report_see_a_changed_file(copy, name):
         path.write_bytes(raw)
 
 
+def test_a_changed_state_is_no_witness(copy):
+    """One digit more in an offset, in JSON that still reads: what it knows of the files is not believed."""
+    path = newest_checkpoint(copy) / "state.json"
+    raw = path.read_text()
+    offset = json.loads(raw)["offsets"]["buffer.jsonl"]
+    try:
+        path.write_text(raw.replace(f'"buffer.jsonl": {offset}', f'"buffer.jsonl": {offset}0'))
+        assert damage(copy) == [f"{path} is not what was written (SHA-256)"]
+        assert audit.audit(copy).problems[0] == damage(copy)[0]
+    finally:
+        path.write_text(raw)
+
+
+def test_the_other_readers_of_a_run_look_too(copy):
+    """The judge's pairs and the clusters of personas."""
+    path = copy / "rollouts/iteration-1.jsonl"
+    raw = path.read_bytes()
+    try:
+        path.write_bytes(flipped(raw, len(raw) // 2))
+        for read in (lambda: recorded(copy, "0", "1"), lambda: personas_command(PersonasCommand(run=copy))):
+            with pytest.raises(UserError, match="iteration-1.jsonl is not what the run wrote"):
+                read()
+    finally:
+        path.write_bytes(raw)
+
+
 def test_an_audit_without_a_checkpoint_says_so(copy, tmp_path):
     """Somebody may be given the records without the weights."""
     out = shutil.copytree(copy, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
@@ -223,6 +259,17 @@ def test_records_without_a_checkpoint_that_are_no_records(copy, tmp_path):
     (out / "rollouts/iteration-1-old.jsonl").write_bytes(b"{")
     path.write_bytes(whole)
     assert audit.audit(out).problems == ()
+
+
+@pytest.mark.parametrize("old, new", [('"reward/original": ', '"reward/original": "x", "x": '), ('"step"', '"stop"')])
+def test_a_page_about_metrics_that_are_none_is_one_line(copy, tmp_path, old, new):
+    out = shutil.copytree(copy, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    text = (out / "metrics.jsonl").read_text()
+    assert old in text
+    (out / "metrics.jsonl").write_text(text.replace(old, new))
+    with pytest.raises(UserError, match="holds what selfemo.py does not write") as error:
+        report.page(report.Report(out))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

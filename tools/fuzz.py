@@ -338,7 +338,8 @@ def digits(text: str) -> int:
 
 def plain_table(folder: Path, file: str, dataset: str, ids: Sequence[str]) -> Reading:
     """MELD or EmoryNLP by Python's csv over the whole file."""
-    header, *rows = [row for row in csv.reader(io.StringIO(told(folder, file), newline=""), strict=True) if row]
+    read = csv.reader(io.StringIO(told(folder, file), newline=""), strict=True)
+    header, *rows = [row for row in read if row[1:] or "".join(row).strip()]  # blank lines are nothing
     if len(set(header)) < len(header) or not rows:
         raise ValueError("a column twice, or no row")
     found: dict[str, dict[int, tuple[str, str, Any]]] = {}

@@ -24,7 +24,7 @@ from config import PRESETS
 from data import UserError
 from evaluate import Scores, averaged, top_label
 from metrics import flat, heaviest, mean
-from runs import Record, damage, object_of, read_json, read_lines, write_atomically
+from runs import Record, object_of, read_json, read_lines, undamaged, write_atomically
 from tools.alarms import alarms
 from tools.charts import Chart, Drawing, Series, Timeline, draw
 
@@ -393,8 +393,7 @@ NEEDED = {"preset", "seed", "model", "data", "iterations", "S", "T", "batch_prom
 
 def page(args: Report) -> str:
     """The whole page. Raises `UserError` where the folder is no run, or a file is not what it should be."""
-    if found := damage(args.run):
-        raise UserError(f"{found[0]}: a page about it would show what never was")
+    undamaged(args.run)
     try:
         return made(args)
     except (ArithmeticError, AttributeError, LookupError, TemplateError, TypeError, ValueError) as error:

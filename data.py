@@ -281,7 +281,7 @@ def _jsonl(dataset: str, root: Path, split: str, labels: Sequence[str] | None) -
         if not re.fullmatch(r"[\w.:-]+", row["id"]):  # sample ids add "/" and "+"
             raise ValueError(f"the id {row['id']!r} has other signs than letters, digits and . _ : -")
         turns, given = tuple(turn(t, i) for i, t in enumerate(row["turns"])), row.get("personas")
-        sheet = {clean(name): _shown(text) for name, text in ({} if given is None else given).items()}
+        sheet = {clean(name): clean(_shown(text)) for name, text in ({} if given is None else given).items()}
         if not turns or len(sheet) < len(given or ()):
             raise ValueError("no turns, or a persona twice")
         return row["id"], Dialogue(row["id"], dataset, split, turns, sheet)

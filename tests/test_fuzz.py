@@ -236,6 +236,13 @@ def test_what_was_let_through_once(tmp_path, name, file, text, said):
     assert said in loaded(tmp_path, name, file, text)
 
 
+def test_a_personas_line_break_is_gone_when_it_is_read(tmp_path):
+    """It used to stay until the responder was made."""
+    (tmp_path / "labels.json").write_text(CASES["own"].files["labels.json"])
+    (tmp_path / "train.jsonl").write_text(TRAIN.replace("a worrier", "\\u2028a\\nworrier"))
+    assert data.load("own", tmp_path, "train")[0].personas == {"Bo": "a worrier"}
+
+
 TALK = "Session1/dialog/{}/Ses01F_impro99.txt"
 
 

@@ -5,8 +5,8 @@ that training used, and compares exactly. Where RUN/model holds a tokenizer, tok
 out line by line. The command is `python evaluate.py audit RUN [--show SAMPLE_ID]`.
 """
 
-import json
 import math
+import re
 import statistics
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,7 +17,7 @@ from typing import Any
 import data
 from data import Output, Responder, Sample, Turn, UserError
 from grpo import RULE_BONUS, STD_EPS, advantages, consistency, core_emotions, iou, lam, normalised, reward
-from runs import Record, digest, parse_record, read_json
+from runs import Record, damage, digest, object_of, parse_record, read_json
 
 STRANGERS = (Turn("a stranger", "-"), Turn("another stranger", "-"))  # for a context that the run did not keep
 
@@ -32,15 +32,17 @@ class Findings:
 
 def audit(run: Path) -> Findings:
     """Check a run folder. Raises `UserError` where it is no run, has no rollouts, or a line is not JSON."""
-    config, kept, decoded = read_json(run / "config.json"), Kept(run), decoder(run)
-    problems: list[str] = []
-    records = list(rollouts(run))
+    config, records = read_json(run / "config.json"), list(rollouts(run))
+    check_settings(run, config)
+    kept, decoded, damaged = Kept(run), decoder(run), damage(run)
+    problems = list(damaged or [])
     for where, record in records:
         problems += [f"{where}: {problem}" for problem in examine(record, config, kept, decoded)]
     problems += [*order(records, config), *kept.left()]
     text = f"{len(records)} groups of {config['n']} answers, {kept.used} kept: {len(problems)} differences"
     trusted = sum(record.get("why") in ("responder", "length") for _, record in records)
     text += f"; not recomputed: {trusted} refusals for prompt length or want of a responder" if trusted else ""
+    text += "" if damaged is not None else "; files not compared with a checkpoint (none that knows their SHA-256)"
     return Findings(tuple(problems), text if decoded else f"{text}; token ids not decoded (no tokenizer in {run / 'model'})")
 
 
@@ -49,26 +51,43 @@ def audit(run: Path) -> Findings:
 
 def lines(path: Path) -> Iterator[tuple[str, Record]]:
     """("file:line", record) of a JSONL file; none where it does not exist. Raises `UserError` at a broken line."""
-    if path.exists():
+    if path.exists() and (raw := path.read_bytes()):
         # Not splitlines(): JSON strings may hold U+2028 and its like.
-        for number, line in enumerate(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"), 1):
+        for number, line in enumerate(raw.removesuffix(b"\n").split(b"\n"), 1):
             try:
-                record = json.loads(line) if path.stat().st_size else None
-            except ValueError as error:
+                yield f"{path.name}:{number}", object_of(line)
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{path}:{number} is not JSON: {error}") from None
-            if isinstance(record, dict):
-                yield f"{path.name}:{number}", record
-            elif path.stat().st_size:
-                raise UserError(f"{path}:{number} is not a JSON object")
 
 
 def rollouts(run: Path) -> Iterator[tuple[str, Record]]:
     """Every rollout record in the order of training. Raises `UserError` if there is none."""
-    paths = {int(path.stem.rpartition("-")[2]): path for path in (run / "rollouts").glob("iteration-[0-9]*.jsonl")}
+    paths = rollout_files(run)
     if not paths:
         raise UserError(f"{run} holds no rollouts/iteration-K.jsonl: give the folder of a run after its first RL step")
-    for number in sorted(paths):
-        yield from lines(paths[number])
+    for path in paths:
+        yield from lines(path)
+
+
+def rollout_files(run: Path) -> list[Path]:
+    """rollouts/iteration-K.jsonl in the order of K."""
+    found = ((re.fullmatch(r"iteration-([0-9]+)\.jsonl", path.name), path) for path in (run / "rollouts").glob("*.jsonl"))
+    return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
+
+
+NEEDED = {
+    "n": int, "batch_prompts": int, "S": int, "T": int, "max_prompt_tokens": int, "max_new_tokens": int,
+    "keep_reward": float, "self_grpo": bool, "self_play": bool, "retrain_from": str,
+}  # fmt: skip
+
+
+def check_settings(run: Path, config: Mapping[str, Any]) -> None:
+    """Raise `UserError` where config.json has not what an audit needs."""
+    for name, kind in NEEDED.items():
+        value = config.get(name)
+        fits = type(value) in ({int, float} if kind is float else {kind})
+        if not fits or (kind is int and isinstance(value, int) and value < 1):
+            raise UserError(f"{run / 'config.json'}: {name} is {value!r}: it is not of a run of selfemo.py, or damaged")
 
 
 class Kept:
@@ -259,7 +278,11 @@ def show(run: Path, sample_id: str) -> str:
     found = [record for _, record in rollouts(run) if record.get("sample_id") == sample_id]
     if not found:
         raise UserError(f"{run} holds no answers to {sample_id!r}")
-    return "\n\n".join("\n".join(derivation(record)) for record in found)
+    try:
+        return "\n\n".join("\n".join(derivation(record)) for record in found)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        why = f"{type(error).__name__} {error}"
+        raise UserError(f"{run}: a record of {sample_id} is damaged ({why}): the audit without --show says more") from None
 
 
 def weights(emotions: Mapping[str, float]) -> str:

@@ -25,7 +25,7 @@ from config import Pairs
 from data import UserError
 from grpo import iou
 from pairing import span
-from runs import Record, read_lines, write_atomically
+from runs import Record, read_lines, undamaged, write_atomically
 from vectors import Floats, encoder_vectors, flat, sklearn, tfidf_vectors
 
 Earned = list[tuple[str | None, float]]  # persona that the prompt of an answer showed, IOU of the answer
@@ -248,7 +248,7 @@ def personas_command(command: tyro.conf.OmitArgPrefixes[PersonasCommand]) -> int
     """Group persona descriptions and show what answers earn by group (Tables 3, 6, 7, Fig. 4)."""
     if command.plot and command.plot.suffix not in (".png", ".svg"):
         raise UserError(f"--plot {command.plot}: give a file that ends in .png or .svg")
-    records = [record for _, record in rollouts(command.run)] if command.run else []
+    records = [record for _, record in rollouts(undamaged(command.run))] if command.run else []
     described = from_file(command.personas) if command.personas else from_run(records)
     if not described:
         raise UserError("there are no personas: give --personas FILE, or --run of a run that had some")

@@ -196,7 +196,16 @@ def label_set(dataset: str, root: str | Path) -> tuple[str, ...]:
         turns = [turn for d in _jsonl(dataset, Path(root), "train", None) for turn in d.turns]
         return tuple(sorted({label for turn in turns for label in turn.label or ()}))
     with _reading(str(path), 'a list such as ["joy", "anger"]'):
-        return tuple(_weights(dict.fromkeys(json.loads(_text(path)), 1.0)))
+        names = _json(_text(path))
+        if not isinstance(names, list) or len(set(names)) < len(names):
+            raise ValueError("no list, or a label twice")
+        return tuple(_weights(dict.fromkeys(names, 1.0)))
+
+
+UNREADABLE = (
+    *(csv.Error, AttributeError, TypeError, ValueError, ArithmeticError, SyntaxError),
+    *(RecursionError, MemoryError),
+)
 
 
 @contextmanager
@@ -206,20 +215,42 @@ def _reading(where: str, shape: str) -> Iterator[None]:
         yield
     except KeyError as error:
         raise UserError(f"{where}: {error} is missing; expected {shape}") from None
-    except (csv.Error, AttributeError, TypeError, ValueError, SyntaxError, RecursionError, MemoryError) as error:
-        raise UserError(f"{where}: {error}; expected {shape}") from None
+    except UNREADABLE as error:
+        raise UserError(f"{where}: {str(error)[:400]}; expected {shape}") from None
 
 
 def _text(path: Path) -> str:
     try:
         raw = path.read_bytes()
-        return raw.decode("utf-8-sig")
+        text = raw.decode("utf-8-sig")
     except OSError as error:
         names = f"{', '.join(LABELS)}, or any other name for a folder of JSONL files"
         raise UserError(f"{path}: {error.strerror}; check NAME=DIR (NAME is {names})") from None
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise UserError(f"{path}:{line}: not UTF-8; save the file in that encoding") from None
+    if (zero := text.find("\0")) >= 0:
+        line = text.count("\n", 0, zero) + 1
+        raise UserError(f"{path}:{line}: a zero byte, which no text has; the file is damaged, or its encoding not UTF-8")
+    return text
+
+
+def _json(text: str) -> Any:
+    """A JSON value. ValueError too for an object with a key twice: which of the two is meant, nobody knows."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError(f"a key twice among {', '.join(key for key, _ in pairs)!r:.80}")
+        return found
+
+    return json.loads(text, object_pairs_hook=once)
+
+
+def _fields(row: Any, known: Iterable[str]) -> None:
+    """ValueError for a field that is not known: a label under a misspelt name would be a turn without one."""
+    if isinstance(row, dict) and (others := [name for name in row if name not in known]):
+        raise ValueError(f"unknown field {others[0]!r:.60}")
 
 
 def _records(path: Path, shape: str, build: Callable[[str], tuple[Any, Any]], skip: int = 0) -> dict[Any, Any]:
@@ -232,21 +263,27 @@ def _records(path: Path, shape: str, build: Callable[[str], tuple[Any, Any]], sk
                 if key in found:
                     raise ValueError(f"{key!r} a second time")
                 found[key] = value
+    if not found:
+        raise UserError(f"{path}: nothing in it; expected {shape}")
     return found
 
 
 def _jsonl(dataset: str, root: Path, split: str, labels: Sequence[str] | None) -> list[Dialogue]:
     def turn(row: Any, number: int) -> Turn:
-        label = row.get("label")
+        _fields(row, ("speaker", "text", "label"))
+        speaker, text, label = _shown(row["speaker"]), _shown(row["text"]), row["label"]
         label = None if label is None else _weights({label: 1.0} if isinstance(label, str) else label, labels)
-        return Turn(_shown(row["speaker"]), _shown(row["text"]), label, str(number))
+        return Turn(speaker, text, label, str(number))
 
     def dialogue(line: str) -> tuple[str, Dialogue]:
-        row = json.loads(line)
+        row = _json(line)
+        _fields(row, ("id", "turns", "personas"))
         if not re.fullmatch(r"[\w.:-]+", row["id"]):  # sample ids add "/" and "+"
             raise ValueError(f"the id {row['id']!r} has other signs than letters, digits and . _ : -")
-        turns = tuple(turn(t, i) for i, t in enumerate(row["turns"]))
-        sheet = {clean(name): _shown(text) for name, text in (row.get("personas") or {}).items()}
+        turns, given = tuple(turn(t, i) for i, t in enumerate(row["turns"])), row.get("personas")
+        sheet = {clean(name): clean(_shown(text)) for name, text in ({} if given is None else given).items()}
+        if not turns or len(sheet) < len(given or ()):
+            raise ValueError("no turns, or a persona twice")
         return row["id"], Dialogue(row["id"], dataset, split, turns, sheet)
 
     return list(_records(root / f"{split}.jsonl", DIALOGUE, dialogue).values())
@@ -255,19 +292,24 @@ def _jsonl(dataset: str, root: Path, split: str, labels: Sequence[str] | None) -
 def _table(dataset: str, root: Path, split: str) -> list[Dialogue]:
     name, columns = TABLES[dataset]
     path = root / name.format(split)
-    header = next(csv.reader(_text(path).split("\n")[:1]))
+    shape = f"a row of {dataset} as in declare-lab/MELD"
+    with _reading(f"{path}:1", f"the header of {dataset} as in declare-lab/MELD"):
+        header = next(csv.reader(_text(path).split("\n")[:1], strict=True))
+        for column in (*columns, "Utterance_ID", "Utterance", "Speaker", "Emotion"):
+            if header.count(column) != 1:
+                raise ValueError(f"the column {column!r} is {'missing' if column not in header else 'there twice'}")
 
     def turn(line: str) -> tuple[tuple[str, int], Turn]:
         fields = next(csv.reader([line], strict=True))  # no field of these files holds a line break
         if len(fields) != len(header):
             raise ValueError(f"{len(fields)} fields where the header has {len(header)}")
         row = dict(zip(header, fields, strict=True))
-        scene, number = "_".join(str(int(row[column])) for column in columns), int(row["Utterance_ID"])
+        scene, number = "_".join(str(_number(row[column])) for column in columns), _number(row["Utterance_ID"])
         speaker = _speakers(row["Speaker"]) if dataset == "emorynlp" else _shown(row["Speaker"])
         label = _weights({row["Emotion"]: 1.0}, LABELS[dataset])
         return (scene, number), Turn(speaker, _shown(row["Utterance"]), label, str(number))
 
-    turns = _records(path, f"a row of {dataset} as in declare-lab/MELD", turn, skip=1)
+    turns = _records(path, shape, turn, skip=1)
     scenes: dict[str, list[Turn]] = {scene: [] for scene, _ in turns}
     # Utterance ids order the turns but do not count them: lines are missing.
     for scene, number in sorted(turns, key=lambda key: int(key[1])):
@@ -282,6 +324,12 @@ def _speakers(cell: str) -> str:
     return " and ".join(_shown(name) for name in names)
 
 
+def _number(cell: str) -> int:
+    if not re.fullmatch("[0-9]{1,9}", cell):  # int() would take "1 " and "1_0" too
+        raise ValueError(f"{cell!r:.60} where a number is needed")
+    return int(cell)
+
+
 def _shown(text: Any) -> str:
     if not isinstance(text, str) or not clean(text):
         raise ValueError(f"{text!r:.60} where a text is needed")
@@ -289,6 +337,8 @@ def _shown(text: Any) -> str:
 
 
 def _weights(raw: Mapping[Any, Any], labels: Sequence[str] | None = None) -> dict[str, float]:
+    if odd := [weight for weight in raw.values() if type(weight) not in (int, float)]:
+        raise ValueError(f"weight {odd[0]!r:.60} is no number")
     weights = {name.strip().lower(): float(weight) for name, weight in raw.items()}
     for name, weight in weights.items():
         if not re.fullmatch(r"[^\W_][\w -]*", name) or name not in (labels or weights):
@@ -362,8 +412,8 @@ def read_personas(path: str | Path) -> Personas:
     shape = '{"dialogue": "meld/train/703", "speaker": "Joey", "persona": "...", "expert": "..."}'
 
     def sentence(line: str) -> tuple[tuple[str, ...], str]:
-        row = json.loads(line)
-        return tuple(clean(row[name]) for name in fields), clean(_shown(row["persona"]))
+        row = _json(line)
+        return tuple(clean(_shown(row[name])) for name in fields), clean(_shown(row["persona"]))
 
     rows = _records(Path(path), shape, sentence)
     found: dict[str, dict[str, tuple[str, ...]]] = defaultdict(dict)
@@ -377,7 +427,7 @@ def read_gold(path: str | Path) -> dict[str, dict[str, float]]:
     shape = '{"id": "meld/train/703/6", "weights": {"neutral": 0.85, "surprise": 0.45}}'
 
     def weights(line: str) -> tuple[str, dict[str, float]]:
-        row = json.loads(line)
+        row = _json(line)
         return _shown(row["id"]), _weights(row["weights"])
 
     return _records(Path(path), shape, weights)
@@ -458,7 +508,7 @@ PLACEHOLDER = re.compile(r"\{(name|persona|labels|history)\}")
 def read_prompts(path: str | Path) -> Prompts:
     """Prompts from a JSON object with some of the texts of `Prompts`, each with the same placeholders as ours."""
     with _reading(str(path), 'an object such as {"user": "{history} ..."}'):
-        prompts = Prompts(**json.loads(_text(Path(path))))
+        prompts = Prompts(**_json(_text(Path(path))))
         for name, ours in asdict(DEFAULT).items():
             needed = set(PLACEHOLDER.findall(ours))
             if set(PLACEHOLDER.findall(getattr(prompts, name))) != needed:

@@ -42,6 +42,7 @@ REQUEST = (
 AGAIN = "unpack the release again"
 NAME = re.compile(r"Ses0[1-5][FM]_(?:impro|script)\w+")
 SPOKEN = re.compile(r"(Ses\d\d[FM]_(?:impro|script)\w+)_([FM])(\d{3}|XX\d+)\s*\[[\d.\s-]+\]:?(.*)")
+TIMES = re.compile(r"\[\d[\d.\s-]*\]")
 JUDGED = re.compile(r"\[[\d.\s-]+\]\s+(Ses\w+)\s+(\w+)\s+\[")
 VOTE = re.compile(r"C-([EFM])\d+:([^(]*)")
 
@@ -134,15 +135,18 @@ def sources(root: str | Path) -> list[Source]:
 def read_spoken(source: Source) -> list[Spoken]:
     """The turns in the order of the file, which is that of the conversation: times overlap and run backwards.
 
-    Lines without the id of a turn, mostly breath and laughter, are passed over. Raises UserError for an id that comes twice.
+    Lines without id and times, mostly breath and laughter, are passed over. Raises UserError for one that has only half of
+    both, and for an id that comes twice.
     """
     found: dict[str, Spoken] = {}
     for number, line in _lines(source.spoken):
         match = SPOKEN.fullmatch(line)
+        if not match and (line.startswith("Ses") or TIMES.search(line)):
+            raise UserError(f"{source.spoken}:{number}: {line[:60]!r} is no turn with its id and times; {AGAIN}")
         if match and match[1] == source.name:
             spoken = Spoken(match[2] + match[3], match[4].strip())
             if spoken.number in found:
-                raise UserError(f"{source.spoken}:{number}: {spoken.number} a second time; {AGAIN}")
+                raise UserError(f"{source.spoken}:{number}: {spoken.number[:60]} a second time; {AGAIN}")
             found[spoken.number] = spoken
     return list(found.values())
 
@@ -156,15 +160,15 @@ def read_judged(source: Source) -> dict[str, Rating]:
     current, speaker = "", ""
     for number, line in _lines(source.judged):
         head, vote = JUDGED.match(line), VOTE.match(line)
-        if line.startswith("[") and not head:
+        if not head and (line.startswith("[") or NAME.search(line)):
             raise UserError(f"{source.judged}:{number}: {line[:60]!r} is no heading of a turn; {AGAIN}")
         if head:
             current, speaker = head[1].removeprefix(f"{source.name}_"), head[1].rpartition("_")[2][:1]
             if head[2] not in CODES and head[2] not in OTHER_CODES:
                 known = " ".join((*CODES, *OTHER_CODES))
-                raise UserError(f"{source.judged}:{number}: unknown emotion {head[2]!r}, known are {known}; {AGAIN}")
+                raise UserError(f"{source.judged}:{number}: unknown emotion {head[2]!r:.60}, known are {known}; {AGAIN}")
             if current in found:
-                raise UserError(f"{source.judged}:{number}: {current} a second time; {AGAIN}")
+                raise UserError(f"{source.judged}:{number}: {current[:60]} a second time; {AGAIN}")
             found[current] = Rating(head[2])
         elif vote and current:
             # An annotator may list several labels, or none: "Neutral; Frustration;".
@@ -185,7 +189,10 @@ def dialogue(source: Source, *, context: Literal["labelled", "all"] = "labelled"
     spoken, judged = read_spoken(source), read_judged(source)
     lost = [number for number in judged.keys() - {s.number for s in spoken} if judged[number].label]
     if lost:
-        raise UserError(f"{source.spoken}: no line for {min(lost)}, to which EmoEvaluation gives a label; {AGAIN}")
+        raise UserError(f"{source.spoken}: no line for {min(lost)[:60]}, to which EmoEvaluation gives a label; {AGAIN}")
+    for path, found in ((source.spoken, spoken), (source.judged, judged)):
+        if not found:
+            raise UserError(f"{path}: not one turn in it; {AGAIN}")
     turns = []
     for said in spoken:
         rating = judged.get(said.number, Rating("xxx"))
@@ -250,5 +257,8 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError:
         text = raw.decode("latin-1")  # the release is ASCII, but for what comments may hold
+    if "\0" in text:
+        where = text.count("\n", 0, text.index("\0")) + 1
+        raise UserError(f"{path}:{where}: a zero byte, which no text has; {AGAIN}")
     for number, line in enumerate(text.split("\n"), start=1):
         yield number, line.strip()

@@ -33,6 +33,7 @@ from transformers import (
 )
 
 from data import UserError
+from sums import check_model
 
 ATTENTION = "selfemo"  # the name under which transformers finds our attention
 SMALL = 10_000_000  # parameters
@@ -220,6 +221,7 @@ class Policy(nn.Module):
         what the model says (recurrent layers, scaled logits).
         """
         check_place(path)
+        check_model(Path(path))
         with user_errors(f"cannot open the model {path}"):
             opened: Any = AutoModelForCausalLM.from_pretrained(
                 str(path), dtype=dtype, attn_implementation=ATTENTION, output_loading_info=True
@@ -344,6 +346,7 @@ def few_threads(policy: Policy) -> None:
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a Hugging Face folder. Raises `UserError` where it is missing or has no chat template."""
     check_place(path)
+    check_model(Path(path), lambda name: not name.endswith(".safetensors"))
     with user_errors(f"cannot open the tokenizer {path}"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(path))
     if not tokenizer.chat_template:

@@ -15,7 +15,7 @@ from asking import Cache, Reply, Settings, Unanswered, ask, open_experts
 from audit import lines, rollouts
 from config import Config, pairs
 from data import Failure, Output, Prompts, Sample, UserError
-from runs import Record, read_json
+from runs import Record, read_json, undamaged
 from world import read_samples, shuffled
 
 
@@ -105,7 +105,7 @@ def recorded(run: Path, early: str, late: str, *, moved: Sequence[str] = (), see
     first, last = span(early, "--early"), span(late, "--late")
     if first[-1] >= last[0]:
         raise UserError(f"--early {early} must end before --late {late} begins")
-    groups = [record for _, record in rollouts(run)]
+    groups = [record for _, record in rollouts(undamaged(run))]
     found = [[record for record in groups if record["step"] in steps] for steps in (first, last)]
     if not all(found):
         raise UserError(f"{run} has no rollouts of steps {late if found[0] else early}: its last is {groups[-1]['step']}")

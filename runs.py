@@ -8,12 +8,14 @@
     checkpoints/         the newest complete one; model/, the result as an ordinary Hugging Face folder
 
 Every random draw of a run is a hash of seed and place (rollout.uniform, world.shuffled), so the position in the run IS the
-state of its random numbers. Files that grow are cut back to the checkpoint's offsets on resume.
+state of its random numbers. Files that grow are cut back to the checkpoint's offsets on resume, if what is left has the
+SHA-256 that the checkpoint knows.
 """
 
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -22,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,10 +32,13 @@ from torch import Tensor
 from data import Failure, Output, Sample, Selection, UserError
 from model import Group, Policy
 from ranks import any_rank, exchange, rank, wait
-from shards import load_moments, moments, read_part, save_parts, sync, weights
+from shards import intact, load_moments, moments, read_part, save_parts, sync, weights
+from sums import SUMS, hash_of, listed, sha256, unlike
 from world import Answer
 
 Record = dict[str, Any]
+Built = TypeVar("Built")
+ONCE = ("config.json", "cold_start.jsonl", "selfemo_test.jsonl")  # files that never change once they are there
 
 
 class Stopped(Exception):
@@ -134,13 +139,33 @@ def read_lines(path: Path) -> list[Record]:
     if not path.exists():
         return []
     records = []
-    text = path.read_text(encoding="utf-8").removesuffix("\n")
-    for number, line in enumerate(text.split("\n") if text else [], 1):  # not splitlines: a string may hold U+2028
+    raw = path.read_bytes().removesuffix(b"\n")
+    for number, line in enumerate(raw.split(b"\n") if raw else [], 1):  # not splitlines: a string may hold U+2028
         try:
-            records.append(json.loads(line))
-        except ValueError as error:
+            records.append(object_of(line))
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path} line {number} is not JSON ({error}); restore the file or delete the run") from error
     return records
+
+
+def object_of(line: bytes) -> Record:
+    """A JSON object from UTF-8. Raises ValueError or RecursionError."""
+    record = json.loads(line.decode("utf-8"))
+    if not isinstance(record, dict):
+        raise ValueError("no object")
+    return record
+
+
+def each(path: Path, records: Sequence[Record], build: Callable[[Record], Built]) -> list[Built]:
+    """What `build` makes of the records of a file. Raises `UserError` for one that it cannot read."""
+    found = []
+    for number, record in enumerate(records, 1):
+        try:
+            found.append(build(record))
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
+            why = f"{type(error).__name__} {error}"
+            raise UserError(f"{path} line {number} is not what a run writes ({why}); restore the file") from error
+    return found
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -172,10 +197,18 @@ def jsonl(records: Sequence[Mapping[str, Any]]) -> str:
 class Run:
     """The folder of one run. Use `open_run`."""
 
-    def __init__(self, out: Path, settings: Record, position: Position, offsets: Mapping[str, int]) -> None:
-        """Cut the growing files back to `offsets` and go on from `position`."""
-        self.out, self.settings, self.position = out, settings, position
-        self.offsets: dict[str, int] = dict(offsets)
+    def __init__(self, out: Path, settings: Record, state: Mapping[str, Any] | None = None) -> None:
+        """Go on from the state of a checkpoint, the growing files cut back to its offsets, or start.
+
+        Raises `UserError` where a file is not what the checkpoint knows of it.
+        """
+        state = state or {"position": {}, "offsets": {}, "sums": {}}
+        self.out, self.settings, self.position = out, settings, Position(**state["position"])
+        self.offsets: dict[str, int] = dict(state["offsets"])
+        self.sums: dict[str, str] = dict(state["sums"])  # of files that never change
+        if bad := exchange(changed_files(out, state) if rank() == 0 else [])[0]:
+            raise UserError(f"{bad[0]}; restore it, or start again with another --out")
+        self.hashes = {name: hash_of(out / name, n) for name, n in self.offsets.items()} if rank() == 0 else {}
         self.loaded = newest_checkpoint(out)
         self.stop_asked = False
         self.notes: Record = {}
@@ -191,11 +224,12 @@ class Run:
         """Add lines to a growing file of the run; rank 0 does."""
         if rank() > 0:
             return
-        path = self.out / name
+        path, text = self.out / name, jsonl(records).encode()
         path.parent.mkdir(exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(jsonl(records))
+        with path.open("ab") as file:
+            file.write(text)
         self.offsets[name] = path.stat().st_size
+        self.hashes.setdefault(name, hashlib.sha256()).update(text)
 
     def log(self, phase: str, iteration: int, metrics: Mapping[str, Any], step: int) -> Record:
         """One line of metrics.jsonl (and TensorBoard where it is installed): the metrics and what was noted before."""
@@ -263,7 +297,7 @@ def open_run(out: Path, settings: Record, *, resume: bool, may_differ: frozenset
     if found == "nothing":
         if rank() == 0:
             write_atomically(config, json.dumps(settings, indent=1) + "\n")
-        return Run(out, settings, Position(), {})
+        return Run(out, settings)
     if not resume:
         raise UserError(f"{out} holds a run already: add --resume to go on with it, or give another --out")
     known = read_json(config)
@@ -273,16 +307,48 @@ def open_run(out: Path, settings: Record, *, resume: bool, may_differ: frozenset
         raise UserError(f"{out} was started with other settings ({pairs}): use those, or give another --out")
     checkpoint = newest_checkpoint(out)
     if checkpoint is None:
-        return Run(out, settings, Position(), {})
-    state = read_json(checkpoint / "state.json")
-    return Run(out, settings, Position(**state["position"]), state["offsets"])
+        if any(path.stat().st_size for path in [*out.glob("rollouts/*.jsonl"), *out.glob("buffer.jsonl")]):
+            raise UserError(f"{out} holds rollouts and no checkpoint: restore {out / 'checkpoints'}, or give another --out")
+        return Run(out, settings)
+    return Run(out, settings, read_json(intact(checkpoint) / "state.json"))
+
+
+def changed_files(out: Path, state: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the files that the state of a checkpoint knows, a line each."""
+    found = []
+    for name, expected in state["sums"].items():
+        size = state["offsets"].get(name)
+        try:
+            same = sha256(out / name, size) == expected
+        except OSError as error:
+            found.append(f"cannot read {out / name}: {error.strerror or error}")
+        else:
+            found += [] if same else [f"{out / name} is not what the run wrote (SHA-256)"]
+    return found
+
+
+def damage(out: Path) -> list[str] | None:
+    """What is wrong with the files of a run, as far as its newest checkpoint knows them; None without one that knows."""
+    checkpoint = newest_checkpoint(out)
+    if checkpoint is None or not (checkpoint / SUMS).exists():
+        return None
+    if unlike(checkpoint, listed(checkpoint), ["state.json"]):
+        return [f"{checkpoint / 'state.json'} is not what was written (SHA-256)"]
+    return changed_files(out, read_json(checkpoint / "state.json"))
+
+
+def undamaged(out: Path) -> Path:
+    """The folder of a run, unless `damage` finds any. Raises `UserError`."""
+    if found := damage(out):
+        raise UserError(f"{found[0]}: restore it; what one reads here would never have been")
+    return out
 
 
 def read_json(path: Path) -> Record:
     """A JSON object from a file. Raises `UserError` with the path where that fails."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no JSON object")
@@ -300,7 +366,7 @@ def tensorboard(out: Path) -> Any:
 
 def newest_checkpoint(out: Path) -> Path | None:
     """The complete checkpoint that is furthest, if there is one. Only a rename makes a folder complete."""
-    found = [p for p in (out / "checkpoints").glob("[0-9]*") if p.is_dir()]
+    found = [p for p in (out / "checkpoints").glob("[0-9]*") if p.is_dir() and re.fullmatch(r"[0-9]+(-[0-9]+){2}", p.name)]
     return max(found, key=lambda p: tuple(map(int, p.name.split("-"))), default=None)
 
 
@@ -310,7 +376,9 @@ def save_checkpoint(run: Run, tensors: Mapping[str, Mapping[str, Tensor]]) -> Pa
     target = folder / "{stage:03d}-{step:06d}-{updates:08d}".format(**asdict(run.position))
     if exchange(target.exists())[0]:
         return target  # the same weights: never touch a complete checkpoint
-    state = {"position": asdict(run.position), "offsets": run.offsets, "settings": run.settings}
+    run.sums |= {name: sha256(run.out / name) for name in ONCE if name not in run.sums and (run.out / name).exists()}
+    sums = {**run.sums, **{name: found.hexdigest() for name, found in run.hashes.items()}}
+    state = {"position": asdict(run.position), "offsets": run.offsets, "sums": sums, "settings": run.settings}
     for grown in run.offsets:
         sync(run.out / grown)
     save_parts(target, tensors, state)

@@ -57,16 +57,19 @@ from ranks import (
 )
 from runs import (
     Learner,
+    Record,
     Run,
     ScoredGroup,
     Stopped,
+    each,
     group_record,
     made_once,
     open_run,
     read_lines,
     stage_steps,
 )
-from shards import read_part, save_parts, weights
+from shards import intact, read_part, save_parts, weights
+from sums import write_sums
 from world import (
     COLD_START,
     EVALUATION,
@@ -185,7 +188,7 @@ def update(run: Run, world: World, policy: Policy, scored: Sequence[ScoredGroup]
 def cold_start_logprobs(run: Run, policy: Policy, groups: Sequence[Group], cfg: Config) -> list[Tensor]:
     """Log-probs under the weights that the cold start left (the reference of iteration 1)."""
     cold = policy.frozen_copy(offload=cfg.ref_offload)
-    read_part(run.out / COLD_START_WEIGHTS, "weights", weights(cold))
+    read_part(intact(run.out / COLD_START_WEIGHTS), "weights", weights(cold))
     return logprobs(cold, groups, cfg)
 
 
@@ -262,11 +265,13 @@ def select(run: Run, scored: Sequence[ScoredGroup], k: int) -> list[Kept]:
 
 def open_buffer(run: Run, world: World) -> Buffer:
     """Line 1, and what a resumed run had kept."""
-    lines = read_lines(run.out / "buffer.jsonl")
-    return Buffer(world.originals, tuple(
-        Kept(x["iteration"], x["sample_id"], tuple(x["prompt_ids"]), tuple(x["ids"]), data.sample_from_record(x["child"]))
-        for x in lines
-    ))
+    path = run.out / "buffer.jsonl"
+
+    def kept(x: Record) -> Kept:
+        child = data.sample_from_record(x["child"])
+        return Kept(x["iteration"], x["sample_id"], tuple(x["prompt_ids"]), tuple(x["ids"]), child)
+
+    return Buffer(world.originals, tuple(each(path, read_lines(path), kept)))
 
 
 # Lines 3 and 17-18: supervised fine-tuning
@@ -299,7 +304,8 @@ def cold_examples(run: Run, world: World, policy: Policy) -> list[Example]:
         run.say(f"cold start ({world.cfg.cold_start}): {len(examples)} answers to {len(world.originals)} prompts")
         return "".join(json.dumps(asdict(x)) + "\n" for x in examples)
 
-    return [Example(x["sample_id"], tuple(x["prompt_ids"]), tuple(x["ids"])) for x in made_once(path, make)]
+    read = lambda x: Example(x["sample_id"], tuple(x["prompt_ids"]), tuple(x["ids"]))  # noqa: E731
+    return each(path, made_once(path, make), read)
 
 
 def own_answers(world: World, policy: Policy) -> list[Example]:
@@ -425,6 +431,7 @@ def export(folder: Path, world: World, policy: Policy) -> None:
     aside = folder.with_name(".model.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     whole.export(aside, world.tokenizer)
+    write_sums(aside)
     prompt, _ = world.encode(world.originals[0])
     group = [Group(prompt, [sorted(world.eos)])]
     with torch.no_grad():
@@ -496,7 +503,7 @@ def self_emo_test(run: Run, world: World, policy: Policy) -> list[Sample]:
         children = [child for child in made if isinstance(child, Sample) and world.fits(child)]
         return "".join(json.dumps(data.sample_record(c), ensure_ascii=False) + "\n" for c in children)
 
-    return [data.sample_from_record(line) for line in made_once(path, make)]
+    return each(path, made_once(path, make), data.sample_from_record)
 
 
 def progress_line(t: int, T: int, values: Mapping[str, Any]) -> str:

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from data import UserError
 from model import Policy
-from ranks import bounds, local, rank, sharded_over, wait
+from ranks import bounds, exchange, local, rank, sharded_over, size, wait
+from sums import SUMS, listed, names, sha256, text_of, unlike
 
 
 def sync(path: Path) -> None:
@@ -32,29 +33,53 @@ def sync(path: Path) -> None:
 
 
 def save_parts(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any] | None = None) -> None:
-    """Write a folder that is whole or not there: for every part and rank one safetensors file of the rows it holds."""
+    """Write a folder that is whole or not there: for every part and rank one safetensors file of the rows it holds, and the
+    SHA-256 of each.
+    """
     aside = folder.with_name(f".{folder.name}.tmp")
     if rank() == 0:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
     wait()
     parts, number, writes = sharded_over()
+    own: dict[str, str] = {}
     for part, named in tensors.items() if writes else ():
         path = aside / shard_name(part, number, parts)
         rows = {k: local(v.detach()).cpu().contiguous() for k, v in named.items()}
         with space_errors(path):
             save_file({k: v for k, v in rows.items() if v.numel()}, path)
         sync(path)
-    wait()
+        own[path.name] = sha256(path)
+    sums = {name: found for part in exchange(own) for name, found in part.items()}
     if rank() == 0:
         if state is not None:
-            (aside / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-            sync(aside / "state.json")
+            write(aside / "state.json", json.dumps(state, indent=1))
+            sums["state.json"] = sha256(aside / "state.json")
+        write(aside / SUMS, text_of(sums))
         sync(aside)
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(aside, folder)
         sync(folder.parent)
     wait()
+
+
+def write(path: Path, text: str) -> None:
+    """A durable file."""
+    path.write_text(text, encoding="utf-8")
+    sync(path)
+
+
+def intact(folder: Path) -> Path:
+    """The folder that `save_parts` wrote, compared with its SHA-256 sums. Every rank must call this; they divide the files.
+
+    Raises `UserError` for a file that is not what was written.
+    """
+    found = listed(folder)
+    bad = [name for part in exchange(unlike(folder, found, names(folder, found)[rank() :: size()])) for name in part]
+    if bad:
+        mend = "restore it, or start again with another --out"
+        raise UserError(f"damaged checkpoint: {folder / bad[0]} is not what was written (SHA-256); {mend}")
+    return folder
 
 
 def shard_name(part: str, number: int, parts: int) -> str:
@@ -77,7 +102,7 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        mend = f"delete {path.parent} and start the run again"
+        mend = "restore it, or start again with another --out"
         raise UserError(f"unreadable checkpoint {path}: {error}; {mend}") from error
 
 
@@ -89,7 +114,7 @@ class Shards:
         self.paths = sorted(folder.glob(f"{part}*.safetensors"))
         names = [shard_name(part, number, len(self.paths)) for number in range(len(self.paths))]
         if not names or [path.name for path in self.paths] != names:
-            raise UserError(f"unreadable checkpoint {folder}: files of {part} are missing; delete it and start again")
+            raise UserError(f"unreadable checkpoint {folder}: files of {part} are missing; start again with another --out")
         self.files: list[Any] = []
         for path in self.paths:
             with reading(path):

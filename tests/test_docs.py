@@ -411,6 +411,8 @@ def accepted():
         "tools.replay": fields("tools.replay", "Replay"),
         "tools.links": {"write"},
         "tools.mutants": fields("tools.mutants", "Mutants"),
+        "tools.fuzz parse": fields("tools.fuzz", "Parse"),
+        "tools.fuzz loaders": fields("tools.fuzz", "Loaders"),
     }
 
 

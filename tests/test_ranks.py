@@ -363,7 +363,7 @@ def test_a_stopped_run_goes_on_with_another_number_of_ranks(place, alone, tmp_pa
     assert "saved; go on with: torchrun --nproc_per_node 2 -- selfemo.py" in said(out)
     (checkpoint,) = (out / "checkpoints").iterdir()
     shards = {f"{part}-0000{i}-of-00002.safetensors" for part in ("moments", "reference", "weights") for i in (1, 2)}
-    assert {p.name for p in checkpoint.iterdir()} == {"state.json", *shards}
+    assert {p.name for p in checkpoint.iterdir()} == {"state.json", "SHA256SUMS", *shards}
     assert json.loads((checkpoint / "state.json").read_text())["position"] == {"stage": 1, "step": 1, "updates": cold + 2}
     assert run_on(then, place, out, *more, resume=True) == [0] * max(then, 1), said(out)
     assert ids(out) == ids(alone)

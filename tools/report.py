@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError
 
 import audit
 import data
@@ -24,7 +24,7 @@ from config import PRESETS
 from data import UserError
 from evaluate import Scores, averaged, top_label
 from metrics import flat, heaviest, mean
-from runs import Record, read_json, read_lines, write_atomically
+from runs import Record, object_of, read_json, read_lines, undamaged, write_atomically
 from tools.alarms import alarms
 from tools.charts import Chart, Drawing, Series, Timeline, draw
 
@@ -303,12 +303,12 @@ def read_rollouts(run: Path, steps: Sequence[int]) -> Rollouts:
     """One pass over rollouts/iteration-K.jsonl. Raises `UserError` at a line that is no rollout record."""
     fifth = max(1, len(steps) // 5)
     found = Rollouts(frozenset(steps[:fifth]), frozenset(steps[-fifth:]))
-    for path in sorted((run / "rollouts").glob("iteration-[0-9]*.jsonl"), key=lambda p: int(p.stem.rpartition("-")[2])):
-        with path.open(encoding="utf-8", newline="\n") as file:
+    for path in audit.rollout_files(run):
+        with path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 try:
-                    found.take(json.loads(line))
-                except (LookupError, TypeError, AttributeError, ValueError) as error:
+                    found.take(object_of(line))
+                except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
                     why = f"{type(error).__name__} {error}; python evaluate.py audit {run} says more"
                     raise UserError(f"{path} line {number} is no rollout record: {why}") from None
     return found
@@ -392,7 +392,17 @@ NEEDED = {"preset", "seed", "model", "data", "iterations", "S", "T", "batch_prom
 
 
 def page(args: Report) -> str:
-    """The whole page. Raises `UserError` where the folder is no run, or a named file is not what it should be."""
+    """The whole page. Raises `UserError` where the folder is no run, or a file is not what it should be."""
+    undamaged(args.run)
+    try:
+        return made(args)
+    except (ArithmeticError, AttributeError, LookupError, TemplateError, TypeError, ValueError) as error:
+        why = f"{type(error).__name__} {error}"
+        raise UserError(f"{args.run} holds what selfemo.py does not write ({why}): see python evaluate.py audit") from error
+
+
+def made(args: Report) -> str:
+    """`page`, for a run without damage."""
     run = args.run
     config, lines = read_json(run / "config.json"), read_lines(run / "metrics.jsonl")
     if missing := NEEDED - set(config):

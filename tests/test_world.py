@@ -20,7 +20,7 @@ def folders(tmp_path):
     for name, labels in SETS.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "labels.json").write_text(json.dumps(labels))
-        turns = [{"speaker": "Ann", "text": "Hi.", "label": labels[0]}, {"speaker": "Bo", "text": "Ho."}]
+        turns = [{"speaker": "Ann", "text": "Hi.", "label": labels[0]}, {"speaker": "Bo", "text": "Ho.", "label": None}]
         for split in data.SPLITS:
             rows = [{"id": f"d{i}", "turns": turns} for i in range({"calm": 4, "wide": 12}[name])]
             (tmp_path / name / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

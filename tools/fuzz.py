@@ -466,13 +466,13 @@ def cases() -> dict[str, Case]:
 
     def personas(folder: Path) -> Any:
         keys = ("expert", "dialogue", "speaker")
-        return sorted((*(data.clean(row[key]) for key in keys), shown(row["persona"])) for row in rows_of(folder, "p.jsonl"))
+        rows = [(*(shown(row[key]) for key in keys), shown(row["persona"])) for row in rows_of(folder, "p.jsonl")]
+        once([(str(row[:3]), row) for row in rows])
+        return sorted(row[1:] for row in rows)  # what an expert is called is not kept
 
     def described(folder: Path) -> Any:
         found = data.read_personas(folder / "p.jsonl")
-        said = [(d, speaker, p) for d, speakers in found.items() for speaker, own in speakers.items() for p in own]
-        experts = {(d, s, p): e for e, d, s, p in personas(folder)}
-        return sorted((experts[key], *key) for key in said)
+        return sorted((d, speaker, p) for d, speakers in found.items() for speaker, own in speakers.items() for p in own)
 
     return {
         **{name: table(name) for name in tables},

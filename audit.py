@@ -17,7 +17,7 @@ from typing import Any
 import data
 from data import Output, Responder, Sample, Turn, UserError
 from grpo import RULE_BONUS, STD_EPS, advantages, consistency, core_emotions, iou, lam, normalised, reward
-from runs import Record, damage, digest, object_of, parse_record, read_json
+from runs import Record, damage, digest, parse_record, read_json, read_lines
 
 STRANGERS = (Turn("a stranger", "-"), Turn("another stranger", "-"))  # for a context that the run did not keep
 
@@ -51,13 +51,8 @@ def audit(run: Path) -> Findings:
 
 def lines(path: Path) -> Iterator[tuple[str, Record]]:
     """("file:line", record) of a JSONL file; none where it does not exist. Raises `UserError` at a broken line."""
-    if path.exists() and (raw := path.read_bytes()):
-        # Not splitlines(): JSON strings may hold U+2028 and its like.
-        for number, line in enumerate(raw.removesuffix(b"\n").split(b"\n"), 1):
-            try:
-                yield f"{path.name}:{number}", object_of(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}:{number} is not JSON: {error}") from None
+    for number, record in enumerate(read_lines(path), 1):
+        yield f"{path.name}:{number}", record
 
 
 def rollouts(run: Path) -> Iterator[tuple[str, Record]]:

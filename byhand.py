@@ -80,9 +80,9 @@ def summed(values: Sequence[float]) -> str:
     return f"{' + '.join(map(number, values))} = {number(math.fsum(values))}"
 
 
-def named(weights: Mapping[str, float], digits: int = 2) -> str:
+def named(weights: Mapping[str, float]) -> str:
     """Emotions with weights."""
-    return ", ".join(f"{emotion} {weight:.{digits}f}" for emotion, weight in weights.items())
+    return ", ".join(f"{emotion} {weight:.2f}" for emotion, weight in weights.items())
 
 
 def shown(piece: str) -> str:
@@ -452,10 +452,8 @@ def choice(record: Record) -> Iterator[str]:
         return
     parse = record["answers"][i]["parse"]
     yield from para(
-        f"A{i} is the first of the highest reward, and {number(record['answers'][i]['reward'])} is enough to be "
-        "kept (D11). The "
-        f"dialogue goes on with its reply, {shown(parse['my_output'])}, said by {record['responder']['name']}, and the "
-        "label of this "
-        f"new turn is what the model said it felt: {named(parse['my_emotions'])}. The next iteration may draw it as "
-        "a prompt; the fine-tuning of this one learns the answer."
+        f"A{i} is the first of the highest reward, and {number(record['answers'][i]['reward'])} is enough to be kept (D11). "
+        f"The dialogue goes on with its reply, {shown(parse['my_output'])}, said by {record['responder']['name']}, and the "
+        f"label of this new turn is what the model said it felt: {named(parse['my_emotions'])}. The next iteration may draw "
+        "it as a prompt; the fine-tuning of this one learns the answer."
     )

@@ -10,7 +10,6 @@ An answer without a valid output is a wrong answer, never a missing one: it is c
 
 import json
 import math
-import random
 import statistics
 import sys
 from bisect import bisect_left, bisect_right
@@ -33,6 +32,7 @@ from grpo import iou
 from judge import interval, judge_command, sign_test
 from runs import parse_record
 from table1 import Answers, asked, endpoints, generated, rendered, spread
+from world import first_shuffled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -267,8 +267,7 @@ def _datasets(command: ScoreCommand) -> dict[str, list[Sample]]:
         samples = data.samples(dialogues, labels, personas=known, persona_scope=command.persona_scope)
         mine = {key: weights for key, weights in gold.items() if key.startswith(f"{name}/{command.split}/")}
         samples = data.with_gold(samples, mine) if mine else samples
-        shuffled = random.Random(f"{command.seed[0]}/{name}").sample(range(len(samples)), len(samples))
-        chosen[name] = [samples[i] for i in sorted(shuffled[: command.limit])]
+        chosen[name] = first_shuffled(samples, command.limit or 0, f"{command.seed[0]}/{name}")
         if not chosen[name]:
             raise UserError(f"--data {entry}: the {command.split} split has no labelled turn to score")
     if gold and not any(key.startswith(f"{name}/{command.split}/") for key in gold for name in chosen):

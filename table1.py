@@ -105,14 +105,19 @@ def rendered(
     names = ["AVG" if name == "average" else escaped(form, name) for name in sets]
     head = ["", *(f"{name} {metric}" for name in names for metric in ("Acc.", "W-F1"))]
     if form == "markdown":
-        rule = ["---", *["---:"] * (len(head) - 1)]
-        return "\n".join(f"| {' | '.join(line)} |" for line in [head, rule, *lines])
+        return markdown([head, *lines])
     if form == "latex":
         first, *body = (" & ".join(line) + r" \\" for line in [head, *lines])
         start, end = rf"\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}", r"\end{tabular}"
         return "\n".join([start, r"\toprule", first, r"\midrule", *body, r"\bottomrule", end])
     widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
     return "\n".join(" ".join(f"{x:>{w}}" for x, w in zip(line, widths, strict=True)) for line in [head, *lines])
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """A table, its head first, in Markdown; all but the first column to the right."""
+    rows = [lines[0], ["---", *["---:"] * (len(lines[0]) - 1)], *lines[1:]]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def escaped(form: str, text: str) -> str:

@@ -29,6 +29,7 @@ from config import MAY_DIFFER, PRESETS, Config, Pairs, pairs
 from data import UserError
 from evaluate import averaged, top_label
 from runs import jsonl, read_json, read_lines, write_atomically
+from table1 import markdown
 from world import read_samples, read_splits
 
 SELFEMO = Path(__file__).resolve().parent.parent / "selfemo.py"
@@ -275,12 +276,6 @@ def text(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(
         "  ".join(c.ljust(w) if not i else c.rjust(w) for i, (c, w) in enumerate(zip(x, widths, strict=True))) for x in lines
     )
-
-
-def markdown(lines: Sequence[Sequence[str]]) -> str:
-    """The table in Markdown."""
-    rows = [lines[0], ["---", *["---:"] * (len(lines[0]) - 1)], *lines[1:]]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 # The command

@@ -29,6 +29,7 @@ AXES = {
     "max_new_tokens": "tokens of an answer",
     "kv_mib": "MiB for keys and values",
 }
+ACC = "test/toy/acc"
 MEMORY = ("prompts", "kv_mib")  # axes that also get a panel of memory
 Points = Mapping[str, Sequence[tuple[float, float]]]  # of each side
 
@@ -100,11 +101,11 @@ def spoken(points: Points) -> str:
     return "; ".join(f"{name} " + ", ".join(f"{y:,.0f} at {x:,}" for x, y in own) for name, own in points.items() if own)
 
 
-def ablations(table: Record, metric: str = "test/toy/acc") -> str:
+def ablations(table: Record) -> str:
     """One line a row of Table 2: every seed as a ring, their mean as a dot, one sample standard deviation to each side."""
-    rows = [(row["title"], row["scores"][metric]["values"]) for row in table["rows"] if metric in row.get("scores", {})]
+    rows = [(row["title"], row["scores"][ACC]["values"]) for row in table["rows"] if ACC in row.get("scores", {})]
     if not rows:
-        raise UserError(f"no row has {metric}")
+        raise UserError(f"no row has {ACC}")
     width, first, last, step = 2 * WIDTH, 210, 2 * WIDTH - 20, 24
     found = [value for _, values in rows for value in values]
     ticks = nice_ticks(min(found), max(found))

@@ -10,6 +10,7 @@ import re
 import statistics
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -273,8 +274,15 @@ def show(run: Path, sample_id: str) -> str:
     found = [record for _, record in rollouts(run) if record.get("sample_id") == sample_id]
     if not found:
         raise UserError(f"{run} holds no answers to {sample_id!r}")
-    try:
+    with readable(run, sample_id):
         return "\n\n".join("\n".join(derivation(record)) for record in found)
+
+
+@contextmanager
+def readable(run: Path, sample_id: str) -> Iterator[None]:
+    """Whatever a damaged record of a sample does inside becomes one line. Raises `UserError`."""
+    try:
+        yield
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         why = f"{type(error).__name__} {error}"
         raise UserError(f"{run}: a record of {sample_id} is damaged ({why}): the audit without --show says more") from None

@@ -1,8 +1,8 @@
 """The settings of a run: one frozen dataclass whose fields are the flags, and the presets they start from."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from dataclasses import dataclass, fields, replace
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -208,6 +208,11 @@ def parse(argv: Sequence[str]) -> Config:
         cfg = replace(cfg, data=preset.data, limit=cfg.limit or preset.limit)
     check(cfg)
     return cfg
+
+
+def of_run(settings: Mapping[str, Any]) -> Config:
+    """The settings of a run from its config.json, which holds more."""
+    return Config(**{field.name: settings[field.name] for field in fields(Config) if field.name in settings})
 
 
 def check(cfg: Config) -> None:

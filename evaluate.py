@@ -152,16 +152,19 @@ def majority(samples: Sequence[Sample]) -> Scores:
     return score(samples, [Output("", {label: 1.0}, {}, "", {})] * len(samples))
 
 
-def parse_lenient(text: str, labels: Sequence[str], tries: int = 16) -> Parse:
+TRIES = 16  # braces of either kind that the lenient reading tries
+
+
+def parse_lenient(text: str, labels: Sequence[str]) -> Parse:
     """The last dictionary anywhere in an answer that keeps the contract, whatever stands around it.
 
     For comparison with work that reads answers that way; training and the main score never use it. Looks at the last
-    `tries` opening braces and for each at the next `tries` closing ones. The strict failure if there is none.
+    `TRIES` opening braces and for each at the next `TRIES` closing ones. The strict failure if there is none.
     """
     opens, closes = ([i for i, c in enumerate(text) if c == brace] for brace in "{}")
-    for start in reversed(opens[-tries:]):
+    for start in reversed(opens[-TRIES:]):
         first = bisect_right(closes, start)
-        for end in closes[first : first + tries]:
+        for end in closes[first : first + TRIES]:
             parse = data.parse_output(f"<think>-</think>{text[start : end + 1]}", labels)
             if isinstance(parse, Output):
                 return parse
@@ -217,7 +220,7 @@ class ScoreCommand:
     split: Literal["train", "dev", "test"] = "test"
     """Split to answer."""
     limit: int | None = None
-    """Samples a dataset: the first of a seeded shuffle. Default: all."""
+    """Samples a dataset: the first of a seeded shuffle. Default, and 0: all."""
     temperature: float = 0.0
     """0 is greedy."""
     max_new_tokens: int = 8192

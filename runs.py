@@ -4,7 +4,8 @@
     metrics.jsonl        a line a step, a stage's end, an evaluation
     rollouts/            iteration-K.jsonl, a line a group: all that an audit needs
     buffer.jsonl         a line a kept answer and the new sample made of it, in the order of the steps
-    cold_start.jsonl     the answers of the cold start; selfemo_test.jsonl, the frozen SELF-EMO test split (D23)
+    cold_start.jsonl     the answers of the cold start; cold_start/, the weights after it
+    selfemo_test.jsonl   the frozen SELF-EMO test split (D23)
     checkpoints/         the newest complete one; model/, the result as an ordinary Hugging Face folder
 
 Every random draw of a run is a hash of seed and place (rollout.uniform, world.shuffled), so the position in the run IS the

@@ -19,7 +19,7 @@ import tyro
 from data import UserError
 from runs import Record, read_json, read_lines, write_atomically
 from tools.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, nice_ticks
-from tools.curves import STYLE, legend
+from tools.curves import legend, page
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 AXES = {
@@ -70,7 +70,7 @@ def drawing(title: str, names: Sequence[str], panels: Sequence[tuple[str, Points
         out.append(f'<g transform="translate({i % 2 * WIDTH} {top + i // 2 * HEIGHT})">')
         out += [*panel(heading, names, points), "</g>"]
     said = ". ".join(f"{heading}: {spoken(points)}" for heading, points in panels)
-    return page(title, said, 2 * WIDTH, height, [*keys, *out])
+    return page(title, f"{said}.", 2 * WIDTH, height, [*keys, *out])
 
 
 def panel(heading: str, names: Sequence[str], points: Points) -> list[str]:
@@ -127,15 +127,7 @@ def ablations(table: Record) -> str:
         out.append(f'<path d="M{ends[0]} {y}H{ends[1]}" stroke="currentColor"/>')
         out.append(f'{rings}<circle cx="{x(mean)}" cy="{y}" r="4.5"/></g>')
     said = "; ".join(f"{title} {statistics.fmean(v):.3f} ({', '.join(f'{one:.3f}' for one in v)})" for title, v in rows)
-    return page("Ablations of the toy", said, width, bottom + 26, out)
-
-
-def page(title: str, said: str, width: int, height: int, parts: Sequence[str]) -> str:
-    """A whole SVG, with its numbers in `desc` for those who do not see it."""
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img">'
-    names = f"<title>{escape(title)}</title><desc>{escape(said)}.</desc><style>{STYLE}</style>"
-    ground = f'<rect class="page" width="{width}" height="{height}" rx="8"/>'
-    return "\n".join([head, names, ground, *parts, "</svg>", ""])
+    return page("Ablations of the toy", f"{said}.", width, bottom + 26, out)
 
 
 def main(argv: Sequence[str]) -> int:

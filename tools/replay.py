@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import audit
 import data
-from config import Config
+from config import Config, of_run
 from data import Responder, Sample, UserError
 from grpo import low_var_kl, policy_loss, token_weights
 from model import Policy, few_threads, load_tokenizer, quiet_transformers
@@ -59,7 +59,7 @@ def scored(record: Record) -> ScoredGroup:
 
 def replay(run: Path, sample_id: str) -> tuple[Record, Record]:
     """(record of the group, what its update saw). Raises `UserError` where the run cannot be followed."""
-    cfg = Config(**{k: v for k, v in read_json(run / "config.json").items() if k in Config.__dataclass_fields__})
+    cfg = of_run(read_json(run / "config.json"))
     records = [record for _, record in audit.rollouts(run) if record["iteration"] == 1]
     if sample_id not in (record["sample_id"] for record in records):
         raise UserError(f"{run} holds no answers to {sample_id!r} in iteration 1")

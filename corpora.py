@@ -27,7 +27,7 @@ from tqdm import tqdm
 import data
 import iemocap
 from config import Pairs, pairs
-from data import DEFAULT, SPLITS, TABLES, Dialogue, UserError
+from data import DEFAULT, SPLITS, TABLES, Dialogue, UserError, refuse
 from sums import sha256
 
 # What the paper's data are
@@ -477,8 +477,7 @@ def main() -> None:
         for line in lines:
             print(line, flush=True)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(refuse(error))
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader, such as head, has enough

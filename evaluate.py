@@ -27,7 +27,7 @@ import data
 from asking import KEPT, Settings
 from clusters import personas_command
 from config import Pairs, Switch
-from data import Failure, Output, Sample, UserError
+from data import Failure, Output, Sample, UserError, refuse
 from grpo import iou
 from judge import interval, judge_command, sign_test
 from runs import parse_record
@@ -454,12 +454,8 @@ def main() -> None:
     }  # fmt: skip
     try:
         sys.exit(tyro.extras.subcommand_cli_from_dict(commands))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        print(f"error: {error.strerror or error} ({error.filename or 'no file'})", file=sys.stderr)
-        sys.exit(2)
+    except (UserError, OSError) as error:
+        sys.exit(refuse(error))
     except KeyboardInterrupt:
         print(f"stopped; {KEPT}", file=sys.stderr)
         sys.exit(130)

@@ -28,7 +28,7 @@ import tyro
 import data
 import toy
 from config import Pairs, pairs
-from data import UserError
+from data import UserError, refuse
 from model import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -261,9 +261,8 @@ def main() -> int:
     """Exit status 2 for a user's mistake."""
     try:
         bench(tyro.cli(Settings, use_underscores=True, description=__doc__))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except (UserError, OSError) as error:
+        return refuse(error)
     return 0
 
 

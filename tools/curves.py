@@ -19,7 +19,7 @@ from typing import Any
 import tyro
 
 from config import Pairs, pairs
-from data import UserError
+from data import UserError, refuse
 from runs import Record, read_json, read_lines, write_atomically
 from tools.charts import HEIGHT, LEFT, RIGHT, WIDTH, Chart, Drawing, Series, Timeline, average, draw
 from tools.report import place
@@ -232,9 +232,8 @@ def main(argv: Sequence[str]) -> int:
             runs = {name: read_json(args.folder / f"{name}.json") for name in names}
             write_atomically(args.folder / f"{picture.name}.svg", svg(picture, runs))
             print(f"drew {args.folder / picture.name}.svg")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except (UserError, OSError) as error:
+        return refuse(error)
     return 0
 
 

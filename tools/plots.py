@@ -16,7 +16,7 @@ from pathlib import Path
 
 import tyro
 
-from data import UserError
+from data import UserError, refuse
 from runs import Record, read_json, read_lines, write_atomically
 from tools.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, nice_ticks
 from tools.curves import legend, page
@@ -140,9 +140,8 @@ def main(argv: Sequence[str]) -> int:
             write_atomically(args.folder / "speed" / "growth.svg", growth(read_lines(Path(args.growth))))
         if args.ablate:
             write_atomically(args.folder / "ablations.svg", ablations(read_json(Path(args.ablate))))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except (UserError, OSError) as error:
+        return refuse(error)
     return 0
 
 

@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 import audit
 import data
 from config import Config, of_run
-from data import Responder, Sample, UserError
+from data import Responder, Sample, UserError, refuse
 from grpo import low_var_kl, policy_loss, token_weights
 from model import Policy, few_threads, load_tokenizer, quiet_transformers
 from runs import Learner, Record, ScoredGroup, read_json, write_atomically
@@ -154,15 +154,14 @@ def main(argv: Sequence[str]) -> int:
     quiet_transformers()
     try:
         record, update = replay(args.run, args.sample)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    (args.out / "rollouts").mkdir(parents=True, exist_ok=True)
-    config = read_json(args.run / "config.json")
-    for name, value in (("config.json", config), ("update.json", update), ("rollouts/iteration-1.jsonl", record)):
-        write_atomically(args.out / name, json.dumps(value, ensure_ascii=False) + "\n")
-    print(f"wrote {args.out}; log-probs at most {update['largest_gap']:.1g} from the run's; it is worked out by: "
-          f"python evaluate.py audit {args.out} --show {args.sample} --markdown true")  # fmt: skip
+        (args.out / "rollouts").mkdir(parents=True, exist_ok=True)
+        config = read_json(args.run / "config.json")
+        for name, value in (("config.json", config), ("update.json", update), ("rollouts/iteration-1.jsonl", record)):
+            write_atomically(args.out / name, json.dumps(value, ensure_ascii=False) + "\n")
+        print(f"wrote {args.out}; log-probs at most {update['largest_gap']:.1g} from the run's; it is worked out by: "
+              f"python evaluate.py audit {args.out} --show {args.sample} --markdown true")  # fmt: skip
+    except (UserError, OSError) as error:
+        return refuse(error)
     return 0
 
 

@@ -21,7 +21,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError
 import audit
 import data
 from config import PRESETS
-from data import UserError
+from data import UserError, refuse
 from evaluate import Scores, averaged, top_label
 from metrics import flat, heaviest, mean
 from runs import Record, object_of, read_json, read_lines, undamaged, write_atomically
@@ -456,12 +456,8 @@ def main(argv: Sequence[str]) -> int:
     out = args.out or args.run / "report.html"
     try:
         write_atomically(out, page(args))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error.strerror or error}" + (f" ({error.filename})" if error.filename else ""), file=sys.stderr)
-        return 2
+    except (UserError, OSError) as error:
+        return refuse(error)
     print(f"wrote {out}")
     return 0
 

@@ -18,7 +18,7 @@ from typing import Any
 import data
 from data import Output, Responder, Sample, Turn, UserError
 from grpo import RULE_BONUS, STD_EPS, advantages, consistency, core_emotions, iou, lam, normalised, reward
-from runs import Record, damage, digest, parse_record, read_json, read_lines
+from runs import Record, damage, digest, numbered, parse_record, read_json
 
 STRANGERS = (Turn("a stranger", "-"), Turn("another stranger", "-"))  # for a context that the run did not keep
 
@@ -52,7 +52,7 @@ def audit(run: Path) -> Findings:
 
 def lines(path: Path) -> Iterator[tuple[str, Record]]:
     """("file:line", record) of a JSONL file; none where it does not exist. Raises `UserError` at a broken line."""
-    for number, record in enumerate(read_lines(path), 1):
+    for number, record in numbered(path):
         yield f"{path.name}:{number}", record
 
 

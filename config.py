@@ -199,8 +199,8 @@ def parse(argv: Sequence[str]) -> Config:
     Own --data replaces the preset's data and limits. Raises `UserError` for values that cannot work; an unknown flag or a
     value of the wrong kind ends the program with status 2 and one message.
     """
-    named = [b for a, b in zip(argv, [*argv[1:], ""], strict=True) if a == "--preset"]
-    named += [a.partition("=")[2] for a in argv if a.startswith("--preset=")]
+    given = [(a.partition("="), b) for a, b in zip(argv, [*argv[1:], ""], strict=True)]
+    named = [value if equals else following for (flag, equals, value), following in given if flag == "--preset"]
     preset = PRESETS.get(named[-1] if named else "paper", PRESETS["paper"])
     start = replace(preset, data=(), limit=())
     cfg = tyro.cli(Config, args=list(argv), default=start, use_underscores=True, description=Config.__doc__)

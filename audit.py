@@ -33,15 +33,16 @@ class Findings:
 
 def audit(run: Path) -> Findings:
     """Check a run folder. Raises `UserError` where it is no run, has no rollouts, or a line is not JSON."""
-    config, records = read_json(run / "config.json"), list(rollouts(run))
+    config, records = read_json(run / "config.json"), rollouts(run)
     check_settings(run, config)
     kept, decoded, damaged = Kept(run), decoder(run), damage(run)
-    problems = list(damaged or [])
-    for where, record in records:
+    problems, heads = list(damaged or []), list[tuple[str, Record]]()
+    for where, record in records:  # one at a time: all of them may be larger than memory
         problems += [f"{where}: {problem}" for problem in examine(record, config, kept, decoded)]
-    problems += [*order(records, config), *kept.left()]
-    text = f"{len(records)} groups of {config['n']} answers, {kept.used} kept: {len(problems)} differences"
-    trusted = sum(record.get("why") in ("responder", "length") for _, record in records)
+        heads.append((where, {name: record.get(name) for name in ("step", "weights_version", "iteration", "why")}))
+    problems += [*order(heads, config), *kept.left()]
+    text = f"{len(heads)} groups of {config['n']} answers, {kept.used} kept: {len(problems)} differences"
+    trusted = sum(head["why"] in ("responder", "length") for _, head in heads)
     text += f"; not recomputed: {trusted} refusals for prompt length or want of a responder" if trusted else ""
     text += "" if damaged is not None else "; files not compared with a checkpoint (none that knows their SHA-256)"
     return Findings(tuple(problems), text if decoded else f"{text}; token ids not decoded (no tokenizer in {run / 'model'})")
@@ -61,8 +62,7 @@ def rollouts(run: Path) -> Iterator[tuple[str, Record]]:
     paths = rollout_files(run)
     if not paths:
         raise UserError(f"{run} holds no rollouts/iteration-K.jsonl: give the folder of a run after its first RL step")
-    for path in paths:
-        yield from lines(path)
+    return (found for path in paths for found in lines(path))
 
 
 def rollout_files(run: Path) -> list[Path]:

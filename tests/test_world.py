@@ -7,7 +7,7 @@ from test_iemocap import release
 
 import data
 import world
-from config import Config
+from config import Config, parse
 from data import Output, Responder, UserError
 from world import Buffer, Kept
 
@@ -20,7 +20,7 @@ def folders(tmp_path):
     for name, labels in SETS.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "labels.json").write_text(json.dumps(labels))
-        turns = [{"speaker": "Ann", "text": "Hi.", "label": labels[0]}, {"speaker": "Bo", "text": "Ho."}]
+        turns = [{"speaker": "Ann", "text": "Hi.", "label": labels[0]}, {"speaker": "Bo", "text": "Ho.", "label": None}]
         for split in data.SPLITS:
             rows = [{"id": f"d{i}", "turns": turns} for i in range({"calm": 4, "wide": 12}[name])]
             (tmp_path / name / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -91,3 +91,9 @@ def test_context_all_reaches_the_samples(folders):
     for context, turns in (("labelled", 3), ("all", 5)):
         samples = world.read_splits(Config(data=(f"iemocap={root}",), context=context))["train"]
         assert [len(s.context) for s in samples if s.id.endswith("impro99/F001")] == [turns]
+
+
+def test_of_two_presets_the_last_one_counts_however_it_is_written():
+    """The toy has two iterations, `small` one."""
+    assert parse(["--preset=small", "--preset", "toy"]).iterations == 2
+    assert parse(["--preset", "toy", "--preset=small"]).iterations == 1

@@ -247,14 +247,11 @@ class Local:
 
     def answer(self, chats: Sequence[Chat], settings: Settings, keep: Keep) -> None:
         """Answer all, `CHUNK` at a time. Raises `UserError` where the model cannot be opened or computes NaN."""
-        import torch
-
         from model import Policy, eos_ids
         from rollout import generate
         from world import device_memory
 
-        gpu = torch.cuda.is_available()
-        policy = Policy.load(self.folder, torch.bfloat16 if gpu else torch.float32, "cuda" if gpu else "cpu").eval()
+        policy = Policy.load_here(self.folder)
         stops = eos_ids(self.folder, self.tokenizer)
         for first in range(0, len(chats), CHUNK):
             part = chats[first : first + CHUNK]

@@ -10,6 +10,7 @@ import re
 import statistics
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import data
 from data import Output, Responder, Sample, Turn, UserError
 from grpo import RULE_BONUS, STD_EPS, advantages, consistency, core_emotions, iou, lam, normalised, reward
-from runs import Record, damage, digest, object_of, parse_record, read_json
+from runs import Record, damage, digest, numbered, parse_record, read_json
 
 STRANGERS = (Turn("a stranger", "-"), Turn("another stranger", "-"))  # for a context that the run did not keep
 
@@ -32,15 +33,16 @@ class Findings:
 
 def audit(run: Path) -> Findings:
     """Check a run folder. Raises `UserError` where it is no run, has no rollouts, or a line is not JSON."""
-    config, records = read_json(run / "config.json"), list(rollouts(run))
+    config, records = read_json(run / "config.json"), rollouts(run)
     check_settings(run, config)
     kept, decoded, damaged = Kept(run), decoder(run), damage(run)
-    problems = list(damaged or [])
-    for where, record in records:
+    problems, heads = list(damaged or []), list[tuple[str, Record]]()
+    for where, record in records:  # one at a time: all of them may be larger than memory
         problems += [f"{where}: {problem}" for problem in examine(record, config, kept, decoded)]
-    problems += [*order(records, config), *kept.left()]
-    text = f"{len(records)} groups of {config['n']} answers, {kept.used} kept: {len(problems)} differences"
-    trusted = sum(record.get("why") in ("responder", "length") for _, record in records)
+        heads.append((where, {name: record.get(name) for name in ("step", "weights_version", "iteration", "why")}))
+    problems += [*order(heads, config), *kept.left()]
+    text = f"{len(heads)} groups of {config['n']} answers, {kept.used} kept: {len(problems)} differences"
+    trusted = sum(head["why"] in ("responder", "length") for _, head in heads)
     text += f"; not recomputed: {trusted} refusals for prompt length or want of a responder" if trusted else ""
     text += "" if damaged is not None else "; files not compared with a checkpoint (none that knows their SHA-256)"
     return Findings(tuple(problems), text if decoded else f"{text}; token ids not decoded (no tokenizer in {run / 'model'})")
@@ -51,13 +53,8 @@ def audit(run: Path) -> Findings:
 
 def lines(path: Path) -> Iterator[tuple[str, Record]]:
     """("file:line", record) of a JSONL file; none where it does not exist. Raises `UserError` at a broken line."""
-    if path.exists() and (raw := path.read_bytes()):
-        # Not splitlines(): JSON strings may hold U+2028 and its like.
-        for number, line in enumerate(raw.removesuffix(b"\n").split(b"\n"), 1):
-            try:
-                yield f"{path.name}:{number}", object_of(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}:{number} is not JSON: {error}") from None
+    for number, record in numbered(path):
+        yield f"{path.name}:{number}", record
 
 
 def rollouts(run: Path) -> Iterator[tuple[str, Record]]:
@@ -65,8 +62,7 @@ def rollouts(run: Path) -> Iterator[tuple[str, Record]]:
     paths = rollout_files(run)
     if not paths:
         raise UserError(f"{run} holds no rollouts/iteration-K.jsonl: give the folder of a run after its first RL step")
-    for path in paths:
-        yield from lines(path)
+    return (found for path in paths for found in lines(path))
 
 
 def rollout_files(run: Path) -> list[Path]:
@@ -278,8 +274,15 @@ def show(run: Path, sample_id: str) -> str:
     found = [record for _, record in rollouts(run) if record.get("sample_id") == sample_id]
     if not found:
         raise UserError(f"{run} holds no answers to {sample_id!r}")
-    try:
+    with readable(run, sample_id):
         return "\n\n".join("\n".join(derivation(record)) for record in found)
+
+
+@contextmanager
+def readable(run: Path, sample_id: str) -> Iterator[None]:
+    """Whatever a damaged record of a sample does inside becomes one line. Raises `UserError`."""
+    try:
+        yield
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         why = f"{type(error).__name__} {error}"
         raise UserError(f"{run}: a record of {sample_id} is damaged ({why}): the audit without --show says more") from None

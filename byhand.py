@@ -22,10 +22,17 @@ from runs import Record, read_json
 def chapter(run: Path, sample_id: str) -> str:
     """The chapter on the first group of one sample.
 
-    Raises `UserError` where there is none, and for a run with sequence ratios, sequence means or another temperature than 1.
+    Raises `UserError` where there is none or it is damaged, and for a run with sequence ratios, sequence means or another
+    temperature than 1.
     """
+    with audit.readable(run, sample_id):
+        return written(run, sample_id)
+
+
+def written(run: Path, sample_id: str) -> str:
+    """`chapter`, for a group without damage."""
     config = read_json(run / "config.json")
-    record = next((record for _, record in audit.rollouts(run) if record["sample_id"] == sample_id), None)
+    record = next((record for _, record in audit.rollouts(run) if record.get("sample_id") == sample_id), None)
     if record is None:
         raise UserError(f"{run} holds no answers to {sample_id!r}")
     if config["ratio"] != "token" or config["loss_mean"] != "token" or config["temperature"] != 1:
@@ -80,9 +87,9 @@ def summed(values: Sequence[float]) -> str:
     return f"{' + '.join(map(number, values))} = {number(math.fsum(values))}"
 
 
-def named(weights: Mapping[str, float], digits: int = 2) -> str:
+def named(weights: Mapping[str, float]) -> str:
     """Emotions with weights."""
-    return ", ".join(f"{emotion} {weight:.{digits}f}" for emotion, weight in weights.items())
+    return ", ".join(f"{emotion} {weight:.2f}" for emotion, weight in weights.items())
 
 
 def shown(piece: str) -> str:
@@ -337,12 +344,19 @@ def policies(record: Record, update: Record, config: Record) -> Iterator[str]:
 
 def tokens(record: Record, update: Record, config: Record) -> Iterator[str]:
     """Eq. 14 and k3 at the fork, their slopes, and the sums over the group."""
-    eps, beta, at, size = config["clip_eps"], config["kl_coef"], update["fork"]["token"], update["tokens"]
-    answers = rows_of(record, update)
-    forked = [row[at] for row in answers]
-    start = "".join(update["pieces"][0][:at])
+    eps, answers = config["clip_eps"], rows_of(record, update)
+    forked = [row[update["fork"]["token"]] for row in answers]
     yield "## 7. Eq. 14 and the KL, token by token"
     yield ""
+    yield from objective(forked, update, eps)
+    yield from slopes_at(forked, eps, config["kl_coef"], update["tokens"])
+    yield from whole_answers(answers, update, eps)
+
+
+def objective(forked: Sequence[Token], update: Record, eps: float) -> Iterator[str]:
+    """The terms of Eq. 14 and k3 of the tokens at the fork."""
+    at = update["fork"]["token"]
+    start = "".join(update["pieces"][0][:at])
     yield from para(
         f"All answers begin with the same {at} tokens, {shown(start)}. At token {at} (counted from 0) they part. "
         f"With epsilon {eps} the ratio is held within {1 - eps:g} and {1 + eps:g}, and the smaller of the two "
@@ -361,13 +375,17 @@ def tokens(record: Record, update: Record, config: Record) -> Iterator[str]:
     said = {x.piece: x for x in forked}
     rows = [[shown(x.piece), *map(number, (x.ref, x.new, x.d, math.exp(x.d), x.k3))] for x in said.values()]
     yield from table(["token", "ref", "new", "d", "e^d", "k3"], rows)
+
+
+def slopes_at(forked: Sequence[Token], eps: float, beta: float, size: int) -> Iterator[str]:
+    """Their slopes by hand beside autograd's; `size` tokens in the mini-batch."""
     yield from para(
         f"The loss is the sum of w * (beta * k3 - smaller product) over all tokens of the mini-batch, beta = {beta} "
         "(D1). Its slope in one log-prob: the slope of e^(new - old) is the ratio itself, so the first term gives "
         "-A * ratio, or 0 where the held product is the smaller one; k3 gives beta * (1 - e^d). Beside it stands "
         f"what autograd found when this update was replayed, times {size}:"
     )
-    rows = []
+    rows: list[list[object]] = []
     for x in forked:
         first, second = x.slopes(eps, beta)
         cells = ["0, clipped" if x.clipped(eps) else number(first), number(second), f"**{number(first + second)}**"]
@@ -379,6 +397,11 @@ def tokens(record: Record, update: Record, config: Record) -> Iterator[str]:
         "likelier keeps its whole slope."
     )
     yield ""
+
+
+def whole_answers(answers: Sequence[Sequence[Token]], update: Record, eps: float) -> Iterator[str]:
+    """The sums over all tokens of the group, and what they add to the loss."""
+    size = update["tokens"]
     yield from para(
         "The same for all tokens. Each token of an answer carries the answer's advantage, those of the reply too, "
         "which no reward has looked at:"
@@ -452,10 +475,8 @@ def choice(record: Record) -> Iterator[str]:
         return
     parse = record["answers"][i]["parse"]
     yield from para(
-        f"A{i} is the first of the highest reward, and {number(record['answers'][i]['reward'])} is enough to be "
-        "kept (D11). The "
-        f"dialogue goes on with its reply, {shown(parse['my_output'])}, said by {record['responder']['name']}, and the "
-        "label of this "
-        f"new turn is what the model said it felt: {named(parse['my_emotions'])}. The next iteration may draw it as "
-        "a prompt; the fine-tuning of this one learns the answer."
+        f"A{i} is the first of the highest reward, and {number(record['answers'][i]['reward'])} is enough to be kept (D11). "
+        f"The dialogue goes on with its reply, {shown(parse['my_output'])}, said by {record['responder']['name']}, and the "
+        f"label of this new turn is what the model said it felt: {named(parse['my_emotions'])}. The next iteration may draw "
+        "it as a prompt; the fine-tuning of this one learns the answer."
     )

@@ -86,9 +86,12 @@ def run_ious(records: Sequence[Record]) -> Earned:
 def score_ious(path: Path) -> Earned:
     """The same of answers that `evaluate.py score --out` kept. Raises `UserError`."""
     try:
-        return [(row["persona"], float(row["iou"])) for row in read_lines(path)]
+        found = [(row["persona"], float(row["iou"])) for row in read_lines(path)]
     except (LookupError, TypeError, ValueError) as error:
         raise UserError(f"{path} does not hold answers of evaluate.py score --out: {error!r}") from None
+    if not found:
+        raise UserError(f"{path} is missing or empty: give what evaluate.py score --out wrote")
+    return found
 
 
 # Clusters

@@ -1,8 +1,8 @@
 """The settings of a run: one frozen dataclass whose fields are the flags, and the presets they start from."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from dataclasses import dataclass, fields, replace
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -199,8 +199,8 @@ def parse(argv: Sequence[str]) -> Config:
     Own --data replaces the preset's data and limits. Raises `UserError` for values that cannot work; an unknown flag or a
     value of the wrong kind ends the program with status 2 and one message.
     """
-    named = [b for a, b in zip(argv, [*argv[1:], ""], strict=True) if a == "--preset"]
-    named += [a.partition("=")[2] for a in argv if a.startswith("--preset=")]
+    given = [(a.partition("="), b) for a, b in zip(argv, [*argv[1:], ""], strict=True)]
+    named = [value if equals else following for (flag, equals, value), following in given if flag == "--preset"]
     preset = PRESETS.get(named[-1] if named else "paper", PRESETS["paper"])
     start = replace(preset, data=(), limit=())
     cfg = tyro.cli(Config, args=list(argv), default=start, use_underscores=True, description=Config.__doc__)
@@ -208,6 +208,11 @@ def parse(argv: Sequence[str]) -> Config:
         cfg = replace(cfg, data=preset.data, limit=cfg.limit or preset.limit)
     check(cfg)
     return cfg
+
+
+def of_run(settings: Mapping[str, Any]) -> Config:
+    """The settings of a run from its config.json, which holds more."""
+    return Config(**{field.name: settings[field.name] for field in fields(Config) if field.name in settings})
 
 
 def check(cfg: Config) -> None:

@@ -5,7 +5,6 @@
     python data.py audit --data meld=data/meld --data emorynlp=data/emorynlp --data iemocap=data/iemocap [--json]
 """
 
-import hashlib
 import http.client
 import json
 import os
@@ -28,7 +27,8 @@ from tqdm import tqdm
 import data
 import iemocap
 from config import Pairs, pairs
-from data import DEFAULT, SPLITS, TABLES, Dialogue, UserError
+from data import DEFAULT, SPLITS, TABLES, Dialogue, UserError, refuse
+from sums import sha256
 
 # What the paper's data are
 
@@ -156,7 +156,7 @@ def fetch(remote: Remote, to: Path, *, timeout: float = 30.0, tries: int = 6, wa
     part = target.with_name(target.name + ".part")
     try:
         if target.exists():
-            if _sha256(target) == remote.sha256:
+            if sha256(target) == remote.sha256:
                 return "already there"
             raise UserError(f"{target}: another file is in this place; move it away and run the command again")
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -193,7 +193,7 @@ def _receive(remote: Remote, part: Path, timeout: float) -> None:
             raise _Again(f"{getattr(error, 'reason', None) or error or type(error).__name__}") from None
     if (size := part.stat().st_size) < remote.size:
         raise _Again(f"the connection ended after {size} of {remote.size} bytes")
-    if (found := _sha256(part)) != remote.sha256:
+    if (found := sha256(part)) != remote.sha256:
         part.unlink()
         raise _Again(f"what came has the SHA-256 {found} and not {remote.sha256}")
 
@@ -217,10 +217,6 @@ def _append(remote: Remote, part: Path, have: int, timeout: float) -> None:
                 bar.update(len(chunk))
             file.flush()
             os.fsync(file.fileno())
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _sync(folder: Path) -> None:
@@ -368,7 +364,7 @@ def file_checks(name: str, root: Path) -> list[Check]:
         return []
     pinned = {remote.path: remote.sha256[:12] for remote in FILES}
     names = {split: TABLES[name][0].format(split) for split in SPLITS}
-    found = {split: _sha256(root / file)[:12] for split, file in names.items()}
+    found = {split: sha256(root / file)[:12] for split, file in names.items()}
     ends = {split: "CRLF" if b"\r\n" in (root / file).read_bytes() else "LF" for split, file in names.items()}
     expected = {split: pinned[f"{name}/{file}"] for split, file in names.items()}
     return [Check("SHA-256 of the file", found, expected), Check("line ends", ends, None)]
@@ -481,8 +477,7 @@ def main() -> None:
         for line in lines:
             print(line, flush=True)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(refuse(error))
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader, such as head, has enough

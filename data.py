@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import re
+import sys
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -39,6 +40,13 @@ LABELS: Mapping[str, tuple[str, ...]] = {
 
 class UserError(Exception):
     """A user's mistake. Its text is one line: where, what, and how to mend it."""
+
+
+def refuse(error: UserError | OSError) -> int:
+    """Say in one line on stderr what a user has to mend, or which file cannot be used. Returns the exit status, 2."""
+    file = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
+    print(f"error: {getattr(error, 'strerror', None) or error}{file}", file=sys.stderr)
+    return 2
 
 
 JOINERS = "\u200c\u200d"  # invisible, but part of some spellings and emoji

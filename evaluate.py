@@ -10,7 +10,6 @@ An answer without a valid output is a wrong answer, never a missing one: it is c
 
 import json
 import math
-import random
 import statistics
 import sys
 from bisect import bisect_left, bisect_right
@@ -28,11 +27,12 @@ import data
 from asking import KEPT, Settings
 from clusters import personas_command
 from config import Pairs, Switch
-from data import Failure, Output, Sample, UserError
+from data import Failure, Output, Sample, UserError, refuse
 from grpo import iou
 from judge import interval, judge_command, sign_test
 from runs import parse_record
 from table1 import Answers, asked, endpoints, generated, rendered, spread
+from world import first_shuffled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -152,16 +152,19 @@ def majority(samples: Sequence[Sample]) -> Scores:
     return score(samples, [Output("", {label: 1.0}, {}, "", {})] * len(samples))
 
 
-def parse_lenient(text: str, labels: Sequence[str], tries: int = 16) -> Parse:
+TRIES = 16  # braces of either kind that the lenient reading tries
+
+
+def parse_lenient(text: str, labels: Sequence[str]) -> Parse:
     """The last dictionary anywhere in an answer that keeps the contract, whatever stands around it.
 
     For comparison with work that reads answers that way; training and the main score never use it. Looks at the last
-    `tries` opening braces and for each at the next `tries` closing ones. The strict failure if there is none.
+    `TRIES` opening braces and for each at the next `TRIES` closing ones. The strict failure if there is none.
     """
     opens, closes = ([i for i, c in enumerate(text) if c == brace] for brace in "{}")
-    for start in reversed(opens[-tries:]):
+    for start in reversed(opens[-TRIES:]):
         first = bisect_right(closes, start)
-        for end in closes[first : first + tries]:
+        for end in closes[first : first + TRIES]:
             parse = data.parse_output(f"<think>-</think>{text[start : end + 1]}", labels)
             if isinstance(parse, Output):
                 return parse
@@ -217,7 +220,7 @@ class ScoreCommand:
     split: Literal["train", "dev", "test"] = "test"
     """Split to answer."""
     limit: int | None = None
-    """Samples a dataset: the first of a seeded shuffle. Default: all."""
+    """Samples a dataset: the first of a seeded shuffle. Default, and 0: all."""
     temperature: float = 0.0
     """0 is greedy."""
     max_new_tokens: int = 8192
@@ -267,8 +270,7 @@ def _datasets(command: ScoreCommand) -> dict[str, list[Sample]]:
         samples = data.samples(dialogues, labels, personas=known, persona_scope=command.persona_scope)
         mine = {key: weights for key, weights in gold.items() if key.startswith(f"{name}/{command.split}/")}
         samples = data.with_gold(samples, mine) if mine else samples
-        shuffled = random.Random(f"{command.seed[0]}/{name}").sample(range(len(samples)), len(samples))
-        chosen[name] = [samples[i] for i in sorted(shuffled[: command.limit])]
+        chosen[name] = first_shuffled(samples, command.limit or 0, f"{command.seed[0]}/{name}")
         if not chosen[name]:
             raise UserError(f"--data {entry}: the {command.split} split has no labelled turn to score")
     if gold and not any(key.startswith(f"{name}/{command.split}/") for key in gold for name in chosen):
@@ -452,12 +454,8 @@ def main() -> None:
     }  # fmt: skip
     try:
         sys.exit(tyro.extras.subcommand_cli_from_dict(commands))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        print(f"error: {error.strerror or error} ({error.filename or 'no file'})", file=sys.stderr)
-        sys.exit(2)
+    except (UserError, OSError) as error:
+        sys.exit(refuse(error))
     except KeyboardInterrupt:
         print(f"stopped; {KEPT}", file=sys.stderr)
         sys.exit(130)

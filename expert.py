@@ -21,7 +21,7 @@ import tyro
 import data
 from asking import KEPT, THINK, Chat, Reply, Settings, Unanswered, ask, ask_drawn, open_cache, open_experts
 from config import Pairs, pairs
-from data import Failure, Sample, Turn, UserError
+from data import Failure, Sample, Turn, UserError, refuse
 
 if TYPE_CHECKING:
     from world import World
@@ -339,8 +339,7 @@ def main() -> int:
     try:
         tyro.extras.subcommand_cli_from_dict({"personas": personas, "gold": gold}, description=__doc__)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return refuse(error)
     except OSError as error:
         print(f"error: {error.strerror or error} ({error.filename or 'no file'}); {KEPT}", file=sys.stderr)
         return 2

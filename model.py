@@ -235,6 +235,12 @@ class Policy(nn.Module):
         check_sharing(policy, path)
         return policy
 
+    @classmethod
+    def load_here(cls, path: str | Path) -> "Policy":
+        """Open one that only answers: bf16 on a GPU, else float32 on the CPU. Raises `UserError` as `load` does."""
+        gpu = torch.cuda.is_available()
+        return cls.load(path, torch.bfloat16 if gpu else torch.float32, "cuda" if gpu else "cpu").eval()
+
     @property
     def device(self) -> torch.device:
         """Where the weights are."""

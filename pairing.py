@@ -7,13 +7,13 @@ and kind of responder; else of the same dataset and kind. Each answer stands in 
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import data
 from asking import Cache, Reply, Settings, Unanswered, ask, open_experts
 from audit import lines, rollouts
-from config import Config, pairs
+from config import of_run, pairs
 from data import Failure, Output, Prompts, Sample, UserError
 from runs import Record, read_json, undamaged
 from world import read_samples, shuffled
@@ -48,9 +48,7 @@ def span(text: str, flag: str) -> range:
 
 def known_samples(run: Path, moved: Sequence[str]) -> dict[str, Sample]:
     """Every sample of a run by id: originals from the data of its config (or of `moved`), the others as it made them."""
-    settings = read_json(run / "config.json")
-    names = {field.name for field in fields(Config)}
-    cfg = Config(**{key: value for key, value in settings.items() if key in names})
+    cfg = of_run(read_json(run / "config.json"))
     split = read_samples(cfg, pairs("data", moved or cfg.data))
     made = [data.sample_from_record(row["child"]) for _, row in lines(run / "buffer.jsonl")]
     return {sample.id: sample for sample in [*(s for part in split.values() for s in part), *made]}

@@ -134,7 +134,7 @@ def estimate(cfg: Config, config: PretrainedConfig, place: Place) -> Plan:
         held["reference"] = 4 * n.all // R
     if place.sharded:
         held["rollout copy"] = c * n.all
-    sampling = {"keys and values": kv_bytes(cfg, config, place), "logits and prefill": sampling_bytes(config, n, c)}
+    sampling = {"keys and values": kv_bytes(cfg, config, place), "logits and prefill": sampling_bytes(config, c)}
     learning = {"gradients": 4 * n.all // R, "activations": activation_bytes(cfg, config, place)}
     learning["head chunks"] = head_bytes(c)
     if place.sharded:
@@ -153,7 +153,7 @@ def kv_bytes(cfg: Config, config: Any, place: Place) -> int:
     return min(need, cfg.kv_budget or place.memory // 2)
 
 
-def sampling_bytes(config: Any, n: Sizes, c: int) -> int:
+def sampling_bytes(config: Any, c: int) -> int:
     """What a decode step makes of its logits (five float32 copies beside them), or a prefill of its longest layer."""
     logits = MAX_ROWS * config.vocab_size * (c + 5 * 4)
     prefill = PREFILL_TOKENS * c * (3 * config.intermediate_size + 6 * config.hidden_size)

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 
 from cache import DecodeLayout, GroupCache, PrefillLayout, Size, bucket
 from data import UserError
-from fast import Record, RecordedSteps, packed_weights
+from fast import Record, RecordedSteps, Step, packed_weights
 from model import ATTENTION, Policy, pad
 
 Key = tuple[int, int, str]  # (seed, step, sample id)
@@ -208,12 +208,13 @@ class Engine:
         temperature: float,
         eos: frozenset[int],
         budget: int | None,
-        record: Record | None = None,
+        record: Record | None,
     ) -> None:
         """Nothing is computed yet."""
         self.lm, self.n, self.max_new, self.temperature, self.eos, self.budget = lm, n, max_new, temperature, eos, budget
         self.cache = GroupCache(lm)
-        self.recorded = RecordedSteps(partial(next_logits, lm), self.cache, n, record) if record else None
+        step: Step = partial(next_logits, lm)
+        self.decode: Step = RecordedSteps(step, self.cache, n, record) if record else step
         self.groups: list[Job] = []
         self.rows: list[Row] = []
         self.done: dict[tuple[int, int], Completion] = {}
@@ -285,8 +286,8 @@ class Engine:
         layout = PrefillLayout(self.cache, self.on_device(prompt_PS), self.on_device(torch.tensor(back)), first)
         positions = [s for length in lengths for s in range(length)]
         ids = [token for job in jobs for token in job.prompt]
-        hidden_ND = self.forward(self.tensor(ids), self.tensor(positions), layout)
-        logits_PV = self.head(hidden_ND[self.on_device(ends - 1)])
+        hidden_ND = hidden_states(self.lm, self.tensor(ids), self.tensor(positions), layout)
+        logits_PV = self.lm.get_output_embeddings()(hidden_ND[self.on_device(ends - 1)])
         starts = [(p, a) for p, job in enumerate(jobs) for a in range(self.n) if (job.index, a) not in self.done]
         rows = [Row(jobs[p], a) for p, a in starts]
         self.rows += rows
@@ -296,8 +297,7 @@ class Engine:
         """One more token for every row."""
         ids = [row.ids[-1] for row in self.rows]
         positions = [len(row.job.prompt) + len(row.ids) - 1 for row in self.rows]
-        given = (self.tensor(ids), self.tensor(positions), self.layout())
-        self.extend(self.rows, self.recorded(*given) if self.recorded else self.head(self.forward(*given)))
+        self.extend(self.rows, self.decode(self.tensor(ids), self.tensor(positions), self.layout()))
 
     def layout(self) -> DecodeLayout:
         """Where the rows stand in their groups, and what each of them sees."""
@@ -349,15 +349,6 @@ class Engine:
         """The capacity to move to: today's if it is enough, else grown, else as tight as the need; None if over budget."""
         grown = tuple(map(max, need, self.cache.size))
         return next((size for size in (grown, need) if self.fits(size)), None)  # type: ignore[arg-type,return-value]
-
-    def forward(self, ids_N: Tensor, positions_N: Tensor, layout: PrefillLayout | DecodeLayout) -> Tensor:
-        """Hidden states [N, D] of a stream of tokens."""
-        return hidden_states(self.lm, ids_N, positions_N, layout)
-
-    def head(self, hidden_RD: Tensor) -> Tensor:
-        """Logits [R, V]."""
-        logits_RV: Tensor = self.lm.get_output_embeddings()(hidden_RD)
-        return logits_RV
 
     def tensor(self, numbers: Sequence[int]) -> Tensor:
         """Numbers where the weights are."""

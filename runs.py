@@ -4,7 +4,8 @@
     metrics.jsonl        a line a step, a stage's end, an evaluation
     rollouts/            iteration-K.jsonl, a line a group: all that an audit needs
     buffer.jsonl         a line a kept answer and the new sample made of it, in the order of the steps
-    cold_start.jsonl     the answers of the cold start; selfemo_test.jsonl, the frozen SELF-EMO test split (D23)
+    cold_start.jsonl     the answers of the cold start; cold_start/, the weights after it
+    selfemo_test.jsonl   the frozen SELF-EMO test split (D23)
     checkpoints/         the newest complete one; model/, the result as an ordinary Hugging Face folder
 
 Every random draw of a run is a hash of seed and place (rollout.uniform, world.shuffled), so the position in the run IS the
@@ -136,24 +137,22 @@ def digest(record: Mapping[str, Any]) -> str:
 
 def read_lines(path: Path) -> list[Record]:
     """The records of a JSONL file; [] where it does not exist. Raises `UserError` at a broken line."""
+    return [record for _, record in numbered(path)]
+
+
+def numbered(path: Path) -> Iterator[tuple[int, Record]]:
+    """The same one by one, with the number of the line: a file of rollouts may be larger than memory."""
     if not path.exists():
-        return []
-    records = []
-    raw = path.read_bytes().removesuffix(b"\n")
-    for number, line in enumerate(raw.split(b"\n") if raw else [], 1):  # not splitlines: a string may hold U+2028
-        try:
-            records.append(object_of(line))
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path} line {number} is not JSON ({error}); restore the file or delete the run") from error
-    return records
-
-
-def object_of(line: bytes) -> Record:
-    """A JSON object from UTF-8. Raises ValueError or RecursionError."""
-    record = json.loads(line.decode("utf-8"))
-    if not isinstance(record, dict):
-        raise ValueError("no object")
-    return record
+        return
+    with path.open("rb") as file:  # bytes end a line at \n alone: a string may hold U+2028
+        for number, line in enumerate(file, 1):
+            try:
+                record = json.loads(line.decode("utf-8"))
+                if not isinstance(record, dict):
+                    raise ValueError("no object")
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{path} line {number} is not JSON ({error}); restore the file or delete the run") from error
+            yield number, record
 
 
 def each(path: Path, records: Sequence[Record], build: Callable[[Record], Built]) -> list[Built]:

@@ -42,31 +42,34 @@ def asked(
 def generated(
     folder: str, datasets: Mapping[str, Sequence[Sample]], prompts: Prompts, settings: Settings, kv_budget: int | None
 ) -> Answers:
-    """One answer of a local model a sample, in one call a dataset. Raises `UserError` where it cannot be opened."""
-    import torch
+    """One answer of a local model a sample, in one call a dataset.
 
+    Raises `UserError` where the model cannot be opened or computes NaN.
+    """
     from model import Policy, eos_ids, load_tokenizer
     from rollout import generate
     from world import device_memory
 
     tokenizer = load_tokenizer(folder)
     stops = eos_ids(folder, tokenizer)
-    gpu = torch.cuda.is_available()
-    policy = Policy.load(folder, torch.bfloat16 if gpu else torch.float32, "cuda" if gpu else "cpu").eval()
+    policy = Policy.load_here(folder)
     answers: Answers = {}
     for name, samples in datasets.items():
         encoded = [data.encode(tokenizer, sample, prompts) for sample in samples]
-        groups = generate(
-            policy,
-            [ids for ids, _ in encoded],
-            n=1,
-            max_new_tokens=settings.max_new_tokens,
-            temperature=settings.temperature,
-            eos_ids=stops,
-            keys=[(settings.seed, 0, sample.id) for sample in samples],
-            kv_budget=kv_budget or device_memory(policy.device) // 2,
-            progress=True,
-        )
+        try:
+            groups = generate(
+                policy,
+                [ids for ids, _ in encoded],
+                n=1,
+                max_new_tokens=settings.max_new_tokens,
+                temperature=settings.temperature,
+                eos_ids=stops,
+                keys=[(settings.seed, 0, sample.id) for sample in samples],
+                kv_budget=kv_budget or device_memory(policy.device) // 2,
+                progress=True,
+            )
+        except FloatingPointError as error:
+            raise UserError(f"{folder}: {error}; take another model") from None
         answers[name] = [
             (data.answer_text(tokenizer, completion.ids, stops, prefix), completion.finished)
             for (completion,), (_, prefix) in zip(groups, encoded, strict=True)
@@ -105,14 +108,19 @@ def rendered(
     names = ["AVG" if name == "average" else escaped(form, name) for name in sets]
     head = ["", *(f"{name} {metric}" for name in names for metric in ("Acc.", "W-F1"))]
     if form == "markdown":
-        rule = ["---", *["---:"] * (len(head) - 1)]
-        return "\n".join(f"| {' | '.join(line)} |" for line in [head, rule, *lines])
+        return markdown([head, *lines])
     if form == "latex":
         first, *body = (" & ".join(line) + r" \\" for line in [head, *lines])
         start, end = rf"\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}", r"\end{tabular}"
         return "\n".join([start, r"\toprule", first, r"\midrule", *body, r"\bottomrule", end])
     widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
     return "\n".join(" ".join(f"{x:>{w}}" for x, w in zip(line, widths, strict=True)) for line in [head, *lines])
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """A table, its head first, in Markdown; all but the first column to the right."""
+    rows = [lines[0], ["---", *["---:"] * (len(lines[0]) - 1)], *lines[1:]]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def escaped(form: str, text: str) -> str:

@@ -151,7 +151,7 @@ def feel(news: str, tie: str, *, clear: bool) -> dict[str, float]:
 
 def answer(persona: Persona, heard: Mapping[str, float]) -> dict[str, float]:
     """What a persona feels when it answers somebody who feels `heard`."""
-    first = max(heard, key=lambda emotion: heard[emotion])
+    first = evaluate.top_label(heard)
     return {first if first in persona.shares else persona.own: 1.0}
 
 
@@ -485,8 +485,7 @@ def main() -> None:
         commands = {"build": build, "baselines": baselines, "gold_sft": gold_sft}
         tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
     except data.UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(data.refuse(error))
 
 
 if __name__ == "__main__":

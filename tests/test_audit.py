@@ -386,7 +386,7 @@ def test_user_errors(tmp_path):
     write(tmp_path, RUN, BUFFER)
     path = tmp_path / "rollouts" / "iteration-2.jsonl"
     path.write_text(path.read_text(encoding="utf-8")[:-20], encoding="utf-8")
-    with pytest.raises(UserError, match=r"iteration-2\.jsonl:2 is not JSON"):
+    with pytest.raises(UserError, match=r"iteration-2\.jsonl line 2 is not JSON"):
         audit.audit(tmp_path)
     write(tmp_path, RUN, [{"child": {}}])
     with pytest.raises(UserError, match=r"buffer\.jsonl:1 is not a kept answer"):

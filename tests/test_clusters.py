@@ -206,6 +206,7 @@ def test_the_command_reads_a_run(monkeypatch, capsys, finished):
         ((), "there are no personas"),
         (("--personas", "FILE", "--plot", "map.pdf"), "ends in .png or .svg"),
         (("--personas", "FILE", "--scores", "FILE"), "does not hold answers"),
+        (("--personas", "FILE", "--scores", "/nowhere/s.jsonl"), "/nowhere/s.jsonl is missing or empty"),
         (("--personas", "/nowhere/p.jsonl"), "/nowhere/p.jsonl"),
         (("--run", "/nowhere"), "/nowhere"),
     ],

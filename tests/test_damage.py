@@ -11,6 +11,7 @@ from test_runs import Line, fresh, learn, make
 from tiny import tiny
 
 import audit
+import byhand
 import runs
 from clusters import PersonasCommand, personas_command
 from config import MAY_DIFFER
@@ -249,7 +250,8 @@ def test_records_without_a_checkpoint_that_are_no_records(copy, tmp_path):
     records[4]["answers"][0]["parse"]["last_emotions"] = []
     for line in (*(json.dumps(record).encode() for record in records), b"[]", b"5", b"\xff{}", b"[" * 100_000, b"\0"):
         path.write_bytes(line + b"\n" + rest)
-        for what in (audit.audit, lambda run: audit.show(run, sample), lambda run: report.page(report.Report(run))):
+        shown = (lambda run: audit.show(run, sample), lambda run: byhand.chapter(run, sample))
+        for what in (audit.audit, *shown, lambda run: report.page(report.Report(run))):
             try:
                 found = what(out)
             except UserError as error:

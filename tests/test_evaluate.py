@@ -1,6 +1,7 @@
 """Metrics worked by hand, then held against scikit-learn; the lenient reading; entropies of the parts."""
 
 import json
+import math
 import sys
 
 import pytest
@@ -333,6 +334,15 @@ def run(monkeypatch, capsys, *words):
         evaluate.main()
     out, err = capsys.readouterr()
     return end.value.code, out, [line for line in err.splitlines() if line.startswith("error: ")]
+
+
+def test_a_model_of_nans_is_one_line(monkeypatch, capsys, folder):
+    lm = tiny.tiny()
+    for parameter in lm.parameters():
+        parameter.data.fill_(math.nan)
+    lm.save_pretrained(folder / "model")
+    code, _, errors = command(monkeypatch, capsys, folder)
+    assert code == 2 and errors == [f"error: {folder / 'model'}: a logit is NaN or infinite; take another model"]
 
 
 def test_the_command_scores_a_model_and_pairs_it_with_its_own_answers(monkeypatch, capsys, folder):

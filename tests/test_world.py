@@ -7,7 +7,7 @@ from test_iemocap import release
 
 import data
 import world
-from config import Config
+from config import Config, parse
 from data import Output, Responder, UserError
 from world import Buffer, Kept
 
@@ -91,3 +91,9 @@ def test_context_all_reaches_the_samples(folders):
     for context, turns in (("labelled", 3), ("all", 5)):
         samples = world.read_splits(Config(data=(f"iemocap={root}",), context=context))["train"]
         assert [len(s.context) for s in samples if s.id.endswith("impro99/F001")] == [turns]
+
+
+def test_of_two_presets_the_last_one_counts_however_it_is_written():
+    """The toy has two iterations, `small` one."""
+    assert parse(["--preset=small", "--preset", "toy"]).iterations == 2
+    assert parse(["--preset", "toy", "--preset=small"]).iterations == 1

@@ -26,9 +26,10 @@ import tyro
 import config
 import toy
 from config import MAY_DIFFER, PRESETS, Config, Pairs, pairs
-from data import UserError
+from data import UserError, refuse
 from evaluate import averaged, top_label
 from runs import jsonl, read_json, read_lines, write_atomically
+from table1 import markdown
 from world import read_samples, read_splits
 
 SELFEMO = Path(__file__).resolve().parent.parent / "selfemo.py"
@@ -277,12 +278,6 @@ def text(lines: Sequence[Sequence[str]]) -> str:
     )
 
 
-def markdown(lines: Sequence[Sequence[str]]) -> str:
-    """The table in Markdown."""
-    rows = [lines[0], ["---", *["---:"] * (len(lines[0]) - 1)], *lines[1:]]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
 # The command
 
 
@@ -322,15 +317,11 @@ def main(argv: Sequence[str]) -> int:
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return ablate(args, argv[cut + 1 :])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except (UserError, OSError) as error:
+        return refuse(error)
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         return 130
-    except OSError as error:
-        print(f"error: {error.strerror or error}" + (f" ({error.filename})" if error.filename else ""), file=sys.stderr)
-        return 2
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -87,8 +87,7 @@ def rule(lines: Lines) -> Alarm:
         late(lines, "rule/rate") < 0.5,
         f"share of answers that keep the rule: {moved(lines, 'rule/rate')}; most frequent slips: {most or 'none'}",
         "An answer that breaks the rule earns nothing, whatever it recognised (Eq. 8). While most do, the reward teaches "
-        "the format and little else. Take cold_start dataset, or allow longer answers. Raised below one "
-        "half.",
+        "the format and little else. Take cold_start dataset, or allow longer answers. Raised below one half.",
     )
 
 
@@ -176,6 +175,6 @@ def clipping(lines: Lines) -> Alarm:
         f"loss weight that is clipped: {moved(lines, 'clip_frac')}; largest ratio {max(x['ratio/max'] for x in lines):.3g}; "
         f"loss weight where the KL is cut: {moved(lines, 'kl/clamped')}",
         "Within a step the policy moves away from the one that sampled. Eq. 14 stops the gain outside 1 ± epsilon. "
-        "Mostly clipped means that the learning rate is too high. Raised above one half, or where the KL "
-        "is cut for a hundredth.",
+        "Mostly clipped means that the learning rate is too high. Raised above one half, or where the KL is cut for a "
+        "hundredth.",
     )

@@ -21,14 +21,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import tyro
 
 import data
 import toy
-from config import pairs
-from data import UserError
+from config import Pairs, pairs
+from data import UserError, refuse
 from model import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -72,9 +72,9 @@ class Settings:
     """rollout-a, rollout-b, step, step-1, growth, or the name of one point of growth (n-32, prompts-128, ...)."""
     model: str = ""
     """Hugging Face folder; without it an untaught model of the toy world's size."""
-    data: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    data: Pairs = ()
     """NAME=DIR: where prompts come from; without it they are random tokens of the same lengths."""
-    peer: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    peer: Pairs = ()
     """NAME=PYTHON or NAME, repeatable: vllm, trl, transformers."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of the weights; for trl bfloat16 is autocast over float32 weights, as its users run it."""
@@ -261,9 +261,8 @@ def main() -> int:
     """Exit status 2 for a user's mistake."""
     try:
         bench(tyro.cli(Settings, use_underscores=True, description=__doc__))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except (UserError, OSError) as error:
+        return refuse(error)
     return 0
 
 

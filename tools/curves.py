@@ -19,9 +19,9 @@ from typing import Any
 import tyro
 
 from config import Pairs, pairs
-from data import UserError
+from data import UserError, refuse
 from runs import Record, read_json, read_lines, write_atomically
-from tools.charts import HEIGHT, LEFT, RIGHT, WIDTH, Chart, Drawing, Series, Timeline, draw
+from tools.charts import HEIGHT, LEFT, RIGHT, WIDTH, Chart, Drawing, Series, Timeline, average, draw
 from tools.report import place
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "curves"
@@ -124,7 +124,7 @@ def chart(picture: Picture, metric: str, runs: Mapping[str, Record]) -> Chart:
     lines = [line for line in first["lines"] if metric in line]
     where = [(line["phase"], line["step"], line.get("when")) for line in lines]
     each = {name: [values(runs[run], metric, where) for run in members] for name, members in picture.runs.items()}
-    series = [Series(name, tuple(map(mean, zip(*rows, strict=True)))) for name, rows in each.items()]
+    series = [Series(name, tuple(map(average, zip(*rows, strict=True)))) for name, rows in each.items()]
     series += [Series(f"{name}, one seed", row) for name, rows in each.items() if len(rows) > 1 for row in rows]
     series += [Series(name, (value,) * len(lines)) for name, value in (picture.levels or {}).items()]
     parts = tuple(line["iteration"] * (line["phase"] == "rl") for line in lines)
@@ -137,12 +137,6 @@ def values(run: Record, metric: str, where: Sequence[tuple[str, int, str | None]
     """A metric of a run at the lines of another one; None where it has none."""
     found = {(x["phase"], x["step"], x.get("when")): x[metric] for x in run["lines"] if metric in x}
     return tuple(found.get(key) for key in where)
-
-
-def mean(column: Sequence[float | None]) -> float | None:
-    """Of those that are there."""
-    there = [x for x in column if x is not None]
-    return math.fsum(there) / len(there) if there else None
 
 
 # Drawing
@@ -164,24 +158,26 @@ polyline { fill: none; stroke: currentColor; stroke-width: 2.2; stroke-linejoin:
 
 
 def svg(picture: Picture, runs: Mapping[str, Record]) -> str:
-    """The picture. Its text and numbers are also in `desc`, for those who do not see it."""
+    """The picture, panels two a row."""
     first = runs[next(iter(picture.runs.values()))[0]]
     time = Timeline(first["S"], first["iterations"])
     drawings = [draw(chart(picture, metric, runs), time) for metric in picture.panels]
     columns, names = min(2, len(drawings)), [*picture.runs, *(picture.levels or {})]
-    keys, top = legend(names, columns * WIDTH)
+    out, top = legend(names, columns * WIDTH)
     height = top + HEIGHT * math.ceil(len(drawings) / columns)
     spoken = " ".join(d.chart.spoken() for d in drawings)
-    out = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {columns * WIDTH} {height}" role="img">',
-        f"<title>{escape(picture.title)}</title><desc>{escape(spoken)}</desc><style>{STYLE}</style>",
-        f'<rect class="page" width="{columns * WIDTH}" height="{height}" rx="8"/>',
-        *keys,
-    ]
     for i, drawing in enumerate(drawings):
         out.append(f'<g transform="translate({i % columns * WIDTH} {top + i // columns * HEIGHT})">')
         out += [*panel(drawing, names, len(picture.runs)), "</g>"]
-    return "\n".join([*out, "</svg>", ""])
+    return page(picture.title, spoken, columns * WIDTH, height, out)
+
+
+def page(title: str, said: str, width: int, height: int, parts: Sequence[str]) -> str:
+    """A whole SVG; what it shows is also said in `desc`, for those who do not see it."""
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img">'
+    names = f"<title>{escape(title)}</title><desc>{escape(said)}</desc><style>{STYLE}</style>"
+    ground = f'<rect class="page" width="{width}" height="{height}" rx="8"/>'
+    return "\n".join([head, names, ground, *parts, "</svg>", ""])
 
 
 def legend(names: Sequence[str], width: int) -> tuple[list[str], int]:
@@ -236,9 +232,8 @@ def main(argv: Sequence[str]) -> int:
             runs = {name: read_json(args.folder / f"{name}.json") for name in names}
             write_atomically(args.folder / f"{picture.name}.svg", svg(picture, runs))
             print(f"drew {args.folder / picture.name}.svg")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except (UserError, OSError) as error:
+        return refuse(error)
     return 0
 
 

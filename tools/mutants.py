@@ -30,7 +30,7 @@ from typing import Any
 import pytest
 import tyro
 
-from data import UserError
+from data import UserError, refuse
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTEST = ("-x", "-p", "no:cacheprovider", "-p", "no:anyio", "--basetemp", "temporary")  # anyio imports much, for nobody
@@ -240,9 +240,8 @@ def main() -> int:
     """Exit status 1 if a mistake is not noticed, 2 for a user's mistake."""
     try:
         return int(not mutants(tyro.cli(Mutants, use_underscores=True, description=__doc__)))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except (UserError, OSError) as error:
+        return refuse(error)
 
 
 if __name__ == "__main__":

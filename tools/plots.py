@@ -16,10 +16,10 @@ from pathlib import Path
 
 import tyro
 
-from data import UserError
+from data import UserError, refuse
 from runs import Record, read_json, read_lines, write_atomically
 from tools.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, nice_ticks
-from tools.curves import STYLE, legend
+from tools.curves import legend, page
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 AXES = {
@@ -29,6 +29,7 @@ AXES = {
     "max_new_tokens": "tokens of an answer",
     "kv_mib": "MiB for keys and values",
 }
+ACC = "test/toy/acc"
 MEMORY = ("prompts", "kv_mib")  # axes that also get a panel of memory
 Points = Mapping[str, Sequence[tuple[float, float]]]  # of each side
 
@@ -69,7 +70,7 @@ def drawing(title: str, names: Sequence[str], panels: Sequence[tuple[str, Points
         out.append(f'<g transform="translate({i % 2 * WIDTH} {top + i // 2 * HEIGHT})">')
         out += [*panel(heading, names, points), "</g>"]
     said = ". ".join(f"{heading}: {spoken(points)}" for heading, points in panels)
-    return page(title, said, 2 * WIDTH, height, [*keys, *out])
+    return page(title, f"{said}.", 2 * WIDTH, height, [*keys, *out])
 
 
 def panel(heading: str, names: Sequence[str], points: Points) -> list[str]:
@@ -100,11 +101,11 @@ def spoken(points: Points) -> str:
     return "; ".join(f"{name} " + ", ".join(f"{y:,.0f} at {x:,}" for x, y in own) for name, own in points.items() if own)
 
 
-def ablations(table: Record, metric: str = "test/toy/acc") -> str:
+def ablations(table: Record) -> str:
     """One line a row of Table 2: every seed as a ring, their mean as a dot, one sample standard deviation to each side."""
-    rows = [(row["title"], row["scores"][metric]["values"]) for row in table["rows"] if metric in row.get("scores", {})]
+    rows = [(row["title"], row["scores"][ACC]["values"]) for row in table["rows"] if ACC in row.get("scores", {})]
     if not rows:
-        raise UserError(f"no row has {metric}")
+        raise UserError(f"no row has {ACC}")
     width, first, last, step = 2 * WIDTH, 210, 2 * WIDTH - 20, 24
     found = [value for _, values in rows for value in values]
     ticks = nice_ticks(min(found), max(found))
@@ -126,15 +127,7 @@ def ablations(table: Record, metric: str = "test/toy/acc") -> str:
         out.append(f'<path d="M{ends[0]} {y}H{ends[1]}" stroke="currentColor"/>')
         out.append(f'{rings}<circle cx="{x(mean)}" cy="{y}" r="4.5"/></g>')
     said = "; ".join(f"{title} {statistics.fmean(v):.3f} ({', '.join(f'{one:.3f}' for one in v)})" for title, v in rows)
-    return page("Ablations of the toy", said, width, bottom + 26, out)
-
-
-def page(title: str, said: str, width: int, height: int, parts: Sequence[str]) -> str:
-    """A whole SVG, with its numbers in `desc` for those who do not see it."""
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img">'
-    names = f"<title>{escape(title)}</title><desc>{escape(said)}.</desc><style>{STYLE}</style>"
-    ground = f'<rect class="page" width="{width}" height="{height}" rx="8"/>'
-    return "\n".join([head, names, ground, *parts, "</svg>", ""])
+    return page("Ablations of the toy", f"{said}.", width, bottom + 26, out)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -147,9 +140,8 @@ def main(argv: Sequence[str]) -> int:
             write_atomically(args.folder / "speed" / "growth.svg", growth(read_lines(Path(args.growth))))
         if args.ablate:
             write_atomically(args.folder / "ablations.svg", ablations(read_json(Path(args.ablate))))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except (UserError, OSError) as error:
+        return refuse(error)
     return 0
 
 

@@ -22,8 +22,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 import audit
 import data
-from config import Config
-from data import Responder, Sample, UserError
+from config import Config, of_run
+from data import Responder, Sample, UserError, refuse
 from grpo import low_var_kl, policy_loss, token_weights
 from model import Policy, few_threads, load_tokenizer, quiet_transformers
 from runs import Learner, Record, ScoredGroup, read_json, write_atomically
@@ -59,7 +59,7 @@ def scored(record: Record) -> ScoredGroup:
 
 def replay(run: Path, sample_id: str) -> tuple[Record, Record]:
     """(record of the group, what its update saw). Raises `UserError` where the run cannot be followed."""
-    cfg = Config(**{k: v for k, v in read_json(run / "config.json").items() if k in Config.__dataclass_fields__})
+    cfg = of_run(read_json(run / "config.json"))
     records = [record for _, record in audit.rollouts(run) if record["iteration"] == 1]
     if sample_id not in (record["sample_id"] for record in records):
         raise UserError(f"{run} holds no answers to {sample_id!r} in iteration 1")
@@ -154,15 +154,14 @@ def main(argv: Sequence[str]) -> int:
     quiet_transformers()
     try:
         record, update = replay(args.run, args.sample)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    (args.out / "rollouts").mkdir(parents=True, exist_ok=True)
-    config = read_json(args.run / "config.json")
-    for name, value in (("config.json", config), ("update.json", update), ("rollouts/iteration-1.jsonl", record)):
-        write_atomically(args.out / name, json.dumps(value, ensure_ascii=False) + "\n")
-    print(f"wrote {args.out}; log-probs at most {update['largest_gap']:.1g} from the run's; it is worked out by: "
-          f"python evaluate.py audit {args.out} --show {args.sample} --markdown true")  # fmt: skip
+        (args.out / "rollouts").mkdir(parents=True, exist_ok=True)
+        config = read_json(args.run / "config.json")
+        for name, value in (("config.json", config), ("update.json", update), ("rollouts/iteration-1.jsonl", record)):
+            write_atomically(args.out / name, json.dumps(value, ensure_ascii=False) + "\n")
+        print(f"wrote {args.out}; log-probs at most {update['largest_gap']:.1g} from the run's; it is worked out by: "
+              f"python evaluate.py audit {args.out} --show {args.sample} --markdown true")  # fmt: skip
+    except (UserError, OSError) as error:
+        return refuse(error)
     return 0
 
 

@@ -21,10 +21,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError
 import audit
 import data
 from config import PRESETS
-from data import UserError
+from data import UserError, refuse
 from evaluate import Scores, averaged, top_label
 from metrics import flat, heaviest, mean
-from runs import Record, object_of, read_json, read_lines, undamaged, write_atomically
+from runs import Record, numbered, read_json, read_lines, undamaged, write_atomically
 from tools.alarms import alarms
 from tools.charts import Chart, Drawing, Series, Timeline, draw
 
@@ -304,13 +304,12 @@ def read_rollouts(run: Path, steps: Sequence[int]) -> Rollouts:
     fifth = max(1, len(steps) // 5)
     found = Rollouts(frozenset(steps[:fifth]), frozenset(steps[-fifth:]))
     for path in audit.rollout_files(run):
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    found.take(object_of(line))
-                except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
-                    why = f"{type(error).__name__} {error}; python evaluate.py audit {run} says more"
-                    raise UserError(f"{path} line {number} is no rollout record: {why}") from None
+        for number, record in numbered(path):
+            try:
+                found.take(record)
+            except (LookupError, TypeError, AttributeError, ValueError) as error:
+                why = f"{type(error).__name__} {error}; python evaluate.py audit {run} says more"
+                raise UserError(f"{path} line {number} is no rollout record: {why}") from None
     return found
 
 
@@ -456,12 +455,8 @@ def main(argv: Sequence[str]) -> int:
     out = args.out or args.run / "report.html"
     try:
         write_atomically(out, page(args))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error.strerror or error}" + (f" ({error.filename})" if error.filename else ""), file=sys.stderr)
-        return 2
+    except (UserError, OSError) as error:
+        return refuse(error)
     print(f"wrote {out}")
     return 0
 

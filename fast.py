@@ -44,7 +44,8 @@ def packed_weights(lm: nn.Module) -> Iterator[None]:
 
 def can_pack(weight: Tensor) -> bool:
     """Whether packing is worth it here: oneDNN has products for the type, and the weight is large."""
-    if weight.device.type != "cpu" or weight.numel() < PACKED or not torch.backends.mkldnn.is_available():
+    there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    if not there or weight.device.type != "cpu" or weight.numel() < PACKED:
         return False
     bf16 = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return bool(bf16) or weight.dtype == torch.float32

@@ -235,9 +235,10 @@ class Run:
         metrics, self.notes = {**metrics, **self.notes}, {}
         self.append("metrics.jsonl", [{"step": step, "iteration": iteration, "phase": phase, **metrics}])
         if self.board is not None:
+            stage = f"sft-{iteration}/" if phase == "sft" else ""  # its steps begin at 0 in every stage
             for name, value in metrics.items():
                 if isinstance(value, int | float):
-                    self.board.add_scalar(name, value, step)
+                    self.board.add_scalar(stage + name, value, step)
         return dict(metrics)
 
     def note(self, values: Mapping[str, Any]) -> None:

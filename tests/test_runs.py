@@ -13,6 +13,7 @@ import re
 import shlex
 import shutil
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -98,6 +99,15 @@ def test_changed_settings_are_refused_by_name(tmp_path):
 def test_settings_that_change_no_result_may_change(tmp_path):
     fresh(tmp_path, {"lr": 1, "save_every": 5})
     fresh(tmp_path, {"lr": 1, "save_every": 6}, resume=True, may_differ=frozenset({"save_every"}))
+
+
+def test_tensorboard_tells_fine_tunings_apart(tmp_path):
+    """Their steps begin at 0 in every stage, and RL has a gradient norm too: one curve each."""
+    run, seen = fresh(tmp_path), []
+    run.board = SimpleNamespace(add_scalar=lambda *point: seen.append(point))
+    for phase, iteration, norm in (("rl", 1, 1.0), ("sft", 1, 2.0), ("sft", 2, 3.0)):
+        run.log(phase, iteration, {"grad_norm": norm, "when": "words"}, 0)
+    assert seen == [("grad_norm", 1.0, 0), ("sft-1/grad_norm", 2.0, 0), ("sft-2/grad_norm", 3.0, 0)]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", '"x"'])

@@ -28,7 +28,7 @@ import data
 import iemocap
 from config import Pairs, pairs
 from data import DEFAULT, SPLITS, TABLES, Dialogue, UserError, refuse
-from sums import sha256
+from sums import sha256, sync
 
 # What the paper's data are
 
@@ -170,7 +170,7 @@ def fetch(remote: Remote, to: Path, *, timeout: float = 30.0, tries: int = 6, wa
                     raise UserError(f"{remote.url}: {fault}, {tries} times in a row; {again}") from None
                 time.sleep(wait * 2**number)
         os.replace(part, target)
-        _sync(target.parent)
+        sync(target.parent)
     except OSError as error:
         raise UserError(f"{part}: {error.strerror or error}; make room there or give another --to") from None
     return f"{remote.size} bytes, SHA-256 as pinned"
@@ -217,14 +217,6 @@ def _append(remote: Remote, part: Path, have: int, timeout: float) -> None:
                 bar.update(len(chunk))
             file.flush()
             os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 # audit

@@ -33,8 +33,8 @@ from torch import Tensor
 from data import Failure, Output, Sample, Selection, UserError
 from model import Group, Policy
 from ranks import any_rank, exchange, rank, wait
-from shards import intact, load_moments, moments, read_part, save_parts, sync, weights
-from sums import SUMS, hash_of, listed, sha256, unlike
+from shards import intact, load_moments, moments, read_part, save_parts, weights
+from sums import SUMS, hash_of, listed, sha256, sync, unlike
 from world import Answer
 
 Record = dict[str, Any]

@@ -20,16 +20,7 @@ from torch import Tensor
 from data import UserError
 from model import Policy
 from ranks import bounds, exchange, local, rank, sharded_over, size, wait
-from sums import SUMS, listed, names, sha256, text_of, unlike
-
-
-def sync(path: Path) -> None:
-    """Make what was written to a file, or renamed in a folder, durable."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+from sums import SUMS, listed, names, sha256, sync, text_of, unlike
 
 
 def save_parts(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any] | None = None) -> None:

@@ -1,10 +1,11 @@
-"""SHA-256 sums of what a run writes, so that a flipped bit is refused and never trained on. No torch here.
+"""SHA-256 sums of what a run writes, so that a flipped bit is refused and never trained on; flushing to disk. No torch here.
 
 A folder that holds weights, a checkpoint or the exported model, has a file SHA256SUMS beside them, in the format of the
 command of that name: `sha256sum -c SHA256SUMS` says the same as `unlike`.
 """
 
 import hashlib
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -13,6 +14,15 @@ from typing import Any
 from data import UserError
 
 SUMS = "SHA256SUMS"
+
+
+def sync(path: Path) -> None:
+    """Make what was written to a file, or renamed in a folder, durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def hash_of(path: Path, size: int | None = None) -> Any:

@@ -173,8 +173,8 @@ def test_a_broken_file_is_refused_or_read_as_it_is(tmp_path, name):
 
 def test_every_way_to_break_a_file_breaks_some():
     rng, raw = random.Random(0), fuzz.DIALOGUES.encode()
-    made = {broken(raw, rng) for _ in range(500)}
-    assert len(made) > 300 and raw not in list(made)[:50]
+    made = [broken(raw, rng) for _ in range(500)]
+    assert len(set(made)) > 300 and made.count(raw) < 30
 
 
 def loaded(tmp_path, name, file, text):

@@ -27,6 +27,7 @@ import torch
 import transformers
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
 
 import data
 import evaluate
@@ -419,21 +420,21 @@ def finish(run: Run, world: World, policy: Policy) -> Policy:
     for _ in stage_steps(run, policy, 2 * cfg.iterations + 1, 1, make, cfg.save_every):
         evaluate_dev(run, world, policy, cfg.iterations, T, f"after SFT {cfg.iterations}")
         evaluation(run, world, policy, group_by_dataset(world.test), cfg.iterations, T, "test", "test")
-        export(run.out / "model", world, policy)
+        export(run.out / "model", policy, world.tokenizer)
     return policy
 
 
-def export(folder: Path, world: World, policy: Policy) -> None:
+def export(folder: Path, policy: Policy, tokenizer: PreTrainedTokenizerBase) -> None:
     """The policy as a Hugging Face folder, checked by opening it again. Raises RuntimeError if it says other things."""
     whole = policy.sampler()
     if rank() > 0:
         return
-    aside = folder.with_name(".model.tmp")
+    aside = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
-    whole.export(aside, world.tokenizer)
+    whole.export(aside, tokenizer)
     write_sums(aside)
-    prompt, _ = world.encode(world.originals[0])
-    group = [Group(prompt, [sorted(world.eos)])]
+    prompt, _ = data.render(tokenizer, [{"role": "user", "content": "Who is there?"}])
+    group = [Group(prompt, [prompt])]
     with torch.no_grad():
         again = Policy.load(aside, whole.lm.dtype, whole.device)
         same = torch.allclose(whole(group)[0], again(group)[0], atol=1e-4)

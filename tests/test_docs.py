@@ -409,6 +409,7 @@ def accepted():
         "tools.ablate": fields("tools.ablate", "Ablate") | fields("config", "Config"),
         "tools.curves": fields("tools.curves", "Curves"),
         "tools.replay": fields("tools.replay", "Replay"),
+        "tools.export": fields("tools.export", "Export"),
         "tools.links": {"write"},
         "tools.mutants": fields("tools.mutants", "Mutants"),
         "tools.fuzz parse": fields("tools.fuzz", "Parse"),

@@ -1,0 +1,67 @@
+"""A checkpoint as an ordinary Hugging Face folder, such as `evaluate.py score --model` and vLLM open.
+
+    python -m tools.export runs/paper --out DIR                    the newest checkpoint of a run, finished or not
+    python -m tools.export runs/paper/cold_start --out DIR         the model after the cold start
+    python -m tools.export COPY --out DIR                          a copy of a checkpoint made while the run went on
+
+The weights are compared with their SHA-256 before, and the folder is opened again after.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from data import UserError, refuse
+from model import Policy, load_tokenizer, quiet_transformers
+from runs import newest_checkpoint, read_json
+from selfemo import export
+from shards import intact, read_part, weights
+from sums import SUMS
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a checkpoint as a Hugging Face folder."""
+
+    source: tyro.conf.Positional[Path]
+    """Folder of a run, or of one of its checkpoints, or its cold_start."""
+    out: Path
+    """Folder to write."""
+
+
+def checkpoint_of(source: Path) -> tuple[Path, str]:
+    """The folder that holds the weights, and the start model that they belong to. Raises `UserError`."""
+    folder = source if (source / SUMS).exists() and any(source.glob("weights*.safetensors")) else newest_checkpoint(source)
+    if folder is None:
+        raise UserError(f"{source} is neither a run with a checkpoint nor a checkpoint")
+    state = intact(folder) / "state.json"  # cold_start/ has none
+    settings = read_json(state)["settings"] if state.exists() else read_json(folder.parent / "config.json")
+    return folder, str(settings["model"])
+
+
+def export_checkpoint(source: Path, out: Path) -> str:
+    """Write the weights of `checkpoint_of` to a new folder and say so. Raises `UserError`."""
+    if out.exists():
+        raise UserError(f"{out} exists: give another --out")
+    folder, model = checkpoint_of(source)
+    policy = Policy.load(model)
+    read_part(folder, "weights", weights(policy))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    export(out, policy, load_tokenizer(model))
+    return f"{out}: {folder}, started from {model}"
+
+
+def main() -> None:
+    """Command line. Exit status 2: a mistake of the user's, in one line."""
+    quiet_transformers()
+    cfg = tyro.cli(Export)
+    try:
+        print(export_checkpoint(cfg.source, cfg.out))
+    except (UserError, OSError) as error:
+        sys.exit(refuse(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from cache import DecodeLayout, GroupCache
 
-PACKED = 200_000  # elements of the smallest weight that is packed
+PACKED = 100_000  # elements of the smallest weight that is packed
 ROWS = 16  # recorded steps have a multiple of so many rows
 Step = Callable[[Tensor, Tensor, DecodeLayout], Tensor]  # (ids_R, positions_R, layout) -> logits_RV
 Record = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]

@@ -298,13 +298,13 @@ def chunks(hidden_MD: Tensor, target_M: Tensor, rows: int) -> Iterable[tuple[Ten
 
 
 def score_tokens(output: nn.Module, hidden_MD: Tensor, target_M: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-prob of each target and entropy of each distribution, in float32 at least, as logit - logsumexp."""
+    """Log-prob of each target and entropy of each distribution, in float32 at least."""
     logits_MV = output(hidden_MD)
-    logits_MV = logits_MV.to(torch.promote_types(logits_MV.dtype, torch.float32)) / temperature
-    norm_M = logits_MV.logsumexp(-1)
-    logp_M = logits_MV.gather(-1, target_M[:, None])[:, 0] - norm_M
+    logits_MV = logits_MV.to(torch.promote_types(logits_MV.dtype, torch.float32))
+    logp_MV = (logits_MV / temperature if temperature != 1 else logits_MV).log_softmax(-1)
+    logp_M = logp_MV.gather(-1, target_M[:, None])[:, 0]
     with torch.no_grad():
-        entropy_M = torch.special.entr((logits_MV - norm_M[:, None]).exp()).sum(-1)
+        entropy_M = -torch.linalg.vecdot(logp_MV.exp(), logp_MV)
     return logp_M, entropy_M
 
 

@@ -149,9 +149,13 @@ def choose(world: World, sample: Sample, group: Sequence[Answer], r: Sequence[fl
 
 @dataclass(frozen=True)
 class Scores:
-    """Log-probs of every answer of a step, one tensor [tokens] an answer, none with a gradient."""
+    """Log-probs of every answer of a mini-batch, one tensor [tokens] an answer, none with a gradient.
 
-    old: list[Tensor]
+    `old` is None in the first mini-batch of a step: the policy has not moved, so the update's own forward gives them. That
+    saves one of two scoring passes, a seventh of an RL step with one mini-batch.
+    """
+
+    old: list[Tensor] | None
     ref: list[Tensor]
 
 
@@ -160,18 +164,22 @@ def update(run: Run, world: World, policy: Policy, scored: Sequence[ScoredGroup]
     cfg, started, learner = world.cfg, time.monotonic(), run.learner
     groups = [s.group for s in scored]
     assert learner is not None and learner.reference is not None
-    old, ref = logprobs(policy, groups, cfg), logprobs(learner.reference, groups, cfg)
+    size, shift = cfg.mini_batch_prompts, cfg.mini_batch_prompts * cfg.n
+    ref = logprobs(learner.reference, groups, cfg)
+    later = logprobs(policy, groups[size:], cfg) if len(groups) > size else []
     cold = ref if k == 1 else cold_start_logprobs(run, policy, groups, cfg) if t % cfg.eval_every == 0 else None
     version = run.position.updates
-    parts = []
-    for first in range(0, len(scored), cfg.mini_batch_prompts):
-        minis = range(first, min(first + cfg.mini_batch_prompts, len(scored)))
-        rows = slice(first * cfg.n, minis.stop * cfg.n)
-        ids = [scored[p].sample.id for p in minis]
-        parts.append(mini_batch(policy, learner, [scored[p] for p in minis], Scores(old[rows], ref[rows]), cfg))
-        check_finite(parts[-1], t, ids)
+    parts, old = list[dict[str, float]](), list[Tensor]()
+    for first in range(0, len(scored), size):
+        part = scored[first : first + size]
+        rows = slice(first * cfg.n, (first + len(part)) * cfg.n)
+        before = later[rows.start - shift : rows.stop - shift] if first else None
+        values, logp = mini_batch(policy, learner, part, Scores(before, ref[rows]), cfg)
+        check_finite(values, t, [s.sample.id for s in part])
         learner.apply()
         run.count_update()
+        parts.append(values)
+        old += before or logp
     records = [group_record(s, step=t, iteration=k, lam=world.lam(t), version=version) for s in scored]
     values = {
         **metrics.rollout_metrics(records),
@@ -195,17 +203,22 @@ def cold_start_logprobs(run: Run, policy: Policy, groups: Sequence[Group], cfg: 
 
 def mini_batch(
     policy: Policy, learner: Learner, scored: Sequence[ScoredGroup], scores: Scores, cfg: Config
-) -> dict[str, float]:
-    """Gradient of Eq. 14 + beta KL over one mini-batch of prompts, in micro-batches that only sum."""
+) -> tuple[dict[str, float], list[Tensor]]:
+    """Gradient of Eq. 14 + beta KL over one mini-batch of prompts, in micro-batches that only sum.
+
+    Returns the measurements, and the policy's log-probs as it stands, one tensor [tokens] an answer.
+    """
+    groups = [s.group for s in scored]
     lengths = [len(answer.ids) for s in scored for answer in s.answers]
     weight_BT = token_weights(lengths, cfg.loss_mean, max(lengths)).to(policy.device)
     truncated_B = torch.tensor([not answer.finished for s in scored for answer in s.answers], device=policy.device)
     adv_B = torch.tensor([a for s in scored for a in s.advantages], dtype=torch.float64, device=policy.device)
     learner.optimizer.zero_grad(set_to_none=True)
 
-    def compute(part: list[Group], rows: slice, scale: float) -> dict[str, float]:
+    def compute(part: list[Group], rows: slice, scale: float) -> tuple[dict[str, float], list[list[float]]]:
         logp_BT, entropy_BT = policy(part, temperature=cfg.temperature)
-        old_BT, ref_BT = (pad_sequence(x[rows], batch_first=True) for x in (scores.old, scores.ref))
+        old_BT = logp_BT.detach() if scores.old is None else pad_sequence(scores.old[rows], batch_first=True)
+        ref_BT = pad_sequence(scores.ref[rows], batch_first=True)
         w_BT = weight_BT[rows, : logp_BT.shape[1]].to(logp_BT.dtype)
         loss, found = policy_loss(logp_BT, old_BT, adv_B[rows], w_BT, clip_eps=cfg.clip_eps, ratio=cfg.ratio)
         kl = (w_BT * low_var_kl(logp_BT, ref_BT)).sum()
@@ -218,10 +231,23 @@ def mini_batch(
             "policy/entropy": (w_BT * entropy_BT).sum(),
             **found,
         }
-        return {name: value.item() for name, value in measured.items()}
+        return {name: value.item() for name, value in measured.items()}, cut(logp_BT, part)
 
-    sums = by_micro_batch([s.group for s in scored], cfg.micro_batch, compute)
-    return {**metrics.added(sums), "grad_norm": clip_gradients(policy, MAX_GRAD_NORM)}
+    found = by_micro_batch(groups, cfg.micro_batch, compute)
+    values = {**metrics.added([sums for sums, _ in found]), "grad_norm": clip_gradients(policy, MAX_GRAD_NORM)}
+    return values, on_device([rows for _, rows in found], policy)
+
+
+def cut(logp_BT: Tensor, part: Sequence[Group]) -> list[list[float]]:
+    """The log-probs of each answer without its padding."""
+    answers = [answer for group in part for answer in group.answers]
+    return [row[: len(answer)] for row, answer in zip(logp_BT.tolist(), answers, strict=True)]
+
+
+def on_device(parts: Sequence[Sequence[Sequence[float]]], policy: Policy) -> list[Tensor]:
+    """Log-probs of micro-batches as one tensor an answer, in float32 at least."""
+    dtype = torch.promote_types(policy.lm.dtype, torch.float32)
+    return [torch.tensor(row, dtype=dtype, device=policy.device) for part in parts for row in part]
 
 
 MAX_GRAD_NORM = 1.0
@@ -234,13 +260,9 @@ def logprobs(policy: Policy, groups: Sequence[Group], cfg: Config) -> list[Tenso
     """Log-probs of every answer under the policy as it stands, one tensor [tokens] an answer."""
 
     def compute(part: list[Group], rows: slice, scale: float) -> list[list[float]]:
-        logp_BT, _ = policy(part, temperature=cfg.temperature)
-        answers = [answer for group in part for answer in group.answers]
-        return [row[: len(answer)] for row, answer in zip(logp_BT.tolist(), answers, strict=True)]
+        return cut(policy(part, temperature=cfg.temperature)[0], part)
 
-    dtype = torch.promote_types(policy.lm.dtype, torch.float32)
-    found = by_micro_batch(groups, cfg.micro_batch, compute)
-    return [torch.tensor(row, dtype=dtype, device=policy.device) for part in found for row in part]
+    return on_device(by_micro_batch(groups, cfg.micro_batch, compute), policy)
 
 
 def check_finite(values: Mapping[str, float], t: int, ids: Sequence[str]) -> None:

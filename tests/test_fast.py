@@ -100,9 +100,9 @@ def test_packed_rollouts_stay_near_the_policy(dtype, packed):
 
 
 def test_small_weights_and_float64_stay_as_they_are():
-    """200,000 elements in float32 are packed, 199,999 are not; in float64 there is nothing to pack with."""
-    assert can_pack(torch.zeros(200, 1000))
-    assert not can_pack(torch.zeros(199_999, 1))
+    """100,000 elements in float32 are packed, 99,999 are not; in float64 there is nothing to pack with."""
+    assert can_pack(torch.zeros(100, 1000))
+    assert not can_pack(torch.zeros(99_999, 1))
     assert not can_pack(torch.zeros(200, 1000, dtype=torch.float64))
     lm = tiny()
     with packed_weights(lm):

@@ -379,7 +379,7 @@ def test_micro_batches_change_neither_gradient_nor_metrics(policy, monkeypatch, 
     scores = measured(policy, BATCH, cfg)
     found = []
     for size in (64, 1, 3, 8):
-        values = mini_batch(policy, learner(policy, cfg), BATCH, scores, replace(cfg, micro_batch=size))
+        values, _ = mini_batch(policy, learner(policy, cfg), BATCH, scores, replace(cfg, micro_batch=size))
         found.append((values, grads(policy)))
     for values, gradient in found[1:]:
         assert values == pytest.approx(found[0][0], rel=1e-12, abs=1e-12)
@@ -392,11 +392,12 @@ def test_loss_of_a_mini_batch_by_hand(policy):
     """On policy: lengths 2, 4, 6 and advantages 1, 0, -1. Token mean -(2 - 6)/12 = 1/3, sequence mean 0."""
     batch = [scored("a", (1.0, 0.0, -1.0), (2, 4, 6))]
     scores = measured(policy, batch, CFG, noise=0)
-    token = mini_batch(policy, learner(policy, CFG), batch, scores, CFG)
+    token, _ = mini_batch(policy, learner(policy, CFG), batch, scores, CFG)
     assert token["loss/policy"] == pytest.approx(1 / 3, abs=1e-12)
     assert token["loss/kl"] == 0
     by_sequence = replace(CFG, loss_mean="sequence")
-    assert mini_batch(policy, learner(policy, CFG), batch, scores, by_sequence)["loss/policy"] == pytest.approx(0, abs=1e-12)
+    values, _ = mini_batch(policy, learner(policy, CFG), batch, scores, by_sequence)
+    assert values["loss/policy"] == pytest.approx(0, abs=1e-12)
 
 
 def test_truncated_share_of_the_loss_weight(policy):
@@ -406,7 +407,7 @@ def test_truncated_share_of_the_loss_weight(policy):
     for loss_mean, share in (("token", 0.5), ("sequence", 1 / 3)):
         for size in (1, 16):
             cfg = replace(CFG, loss_mean=loss_mean, micro_batch=size)
-            values = mini_batch(policy, learner(policy, CFG), batch, scores, cfg)
+            values, _ = mini_batch(policy, learner(policy, CFG), batch, scores, cfg)
             assert values["loss/weight_truncated"] == pytest.approx(share, abs=1e-12)
 
 
@@ -444,7 +445,7 @@ def test_d1_the_kl_draws_the_policy_to_the_reference(policy):
     batch = [scored("a", (0.0, 0.0, 0.0), (4, 5, 6))]
     before = selfemo.logprobs(policy, [batch[0].group], CFG)
     teacher = learner(policy, replace(CFG, lr=1e-3))
-    values = mini_batch(policy, teacher, batch, Scores(before, [x + 0.5 for x in before]), CFG)
+    values, _ = mini_batch(policy, teacher, batch, Scores(before, [x + 0.5 for x in before]), CFG)
     assert values["loss/kl"] == pytest.approx(0.148721, abs=1e-6)
     teacher.optimizer.step()
     after = selfemo.logprobs(policy, [batch[0].group], CFG)
@@ -454,7 +455,7 @@ def test_d1_the_kl_draws_the_policy_to_the_reference(policy):
 def test_gradient_is_not_zero_where_the_loss_is(policy):
     """First update, equal lengths, advantages that sum to 0: loss 0, and yet there is something to learn."""
     batch = [scored("a", (1.0, 0.5, -1.5), (4, 4, 4))]
-    values = mini_batch(policy, learner(policy, CFG), batch, measured(policy, batch, CFG, noise=0), CFG)
+    values, _ = mini_batch(policy, learner(policy, CFG), batch, measured(policy, batch, CFG, noise=0), CFG)
     assert abs(values["loss/policy"]) < 1e-12
     assert values["grad_norm"] > 0.1
     assert (values["ratio/mean"], values["ratio/max"], values["clip_frac"]) == pytest.approx((1, 1, 0), abs=1e-12)
@@ -474,7 +475,7 @@ def test_the_loss_is_descended(policy):
 
 def test_gradient_norm_is_clipped_at_1_and_logged_unclipped(policy):
     batch = [scored("a", (100.0, -100.0, 0.0), (4, 4, 4))]
-    values = mini_batch(policy, learner(policy, CFG), batch, measured(policy, batch, CFG, noise=0), CFG)
+    values, _ = mini_batch(policy, learner(policy, CFG), batch, measured(policy, batch, CFG, noise=0), CFG)
     norm = torch.cat([g.flatten() for g in grads(policy).values()]).norm()
     assert values["grad_norm"] > 1
     assert norm == pytest.approx(1, abs=1e-5)
@@ -561,14 +562,34 @@ def test_old_log_probs_are_those_before_the_first_update_and_go_to_their_mini_ba
         return inner(policy, teacher, batch, scores, cfg)
 
     monkeypatch.setattr(selfemo, "mini_batch", spy)
+    recorded = []
+    monkeypatch.setattr(selfemo.metrics, "logprob_metrics", lambda old, ref, sampled: recorded.extend(old) or {})
     one_update(BATCH)
     lm = tiny()
-    for group, scores in zip(BATCH, seen, strict=True):
-        for answer, old, ref in zip(group.answers, scores.old, scores.ref, strict=True):
+    assert [scores.old is None for scores in seen] == [True, False, False]
+    for i, (group, scores) in enumerate(zip(BATCH, seen, strict=True)):
+        olds = recorded[3 * i : 3 * i + 3]
+        assert scores.old is None or all(map(torch.equal, scores.old, olds))
+        for answer, old, ref in zip(group.answers, olds, scores.ref, strict=True):
             expected = answer_logprobs(lm, group.prompt_ids, answer.ids, temperature=0.9)
             assert_close(old, expected, rtol=0, atol=1e-10)
             assert_close(ref, expected, rtol=0, atol=1e-10)
             assert not old.requires_grad and not ref.requires_grad
+
+
+def test_the_first_mini_batch_scores_itself_as_a_pass_of_its_own_would():
+    """Without old log-probs its own forward gives them: the same numbers, loss and gradient."""
+    results = []
+    for known in (True, False):
+        policy = Policy(tiny())
+        old, ref = measured(policy, BATCH, CFG, noise=0).old, measured(policy, BATCH, CFG).ref
+        values, logp = mini_batch(policy, learner(policy, CFG), BATCH, Scores(old if known else None, ref), CFG)
+        results.append((values, logp, [p.grad for p in policy.parameters()]))
+    (values, logp, grads), (own_values, own_logp, own_grads) = results
+    assert own_values == pytest.approx(values, abs=1e-12) and own_values["ratio/mean"] == 1
+    for one, other in zip([*logp, *grads], [*own_logp, *own_grads], strict=True):
+        assert_close(one, other, rtol=0, atol=1e-12)
+    assert max(g.abs().max().item() for g in grads) > 1e-3
 
 
 def test_update_writes_a_record_a_group_with_the_version_of_the_weights():

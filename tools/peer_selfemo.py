@@ -39,12 +39,12 @@ def rollout(policy: Policy, job: Job) -> list[list[Completion]]:
 
 
 def step(policy: Policy, job: Job) -> Found:
-    """A whole RL step with one mini-batch: rollout, old and reference log-probs, gradient, AdamW."""
+    """A whole RL step with one mini-batch: rollout, reference log-probs, gradient, AdamW."""
     cfg = Config(n=job["n"], micro_batch=job["micro_batch"], mini_batch_prompts=len(job["prompts"]))
     learner = Learner(torch.optim.AdamW(policy.parameters(), lr=1e-6, **selfemo.ADAMW), policy.frozen_copy())
     generate_s, groups = timed(lambda: rollout(policy, job))
     scored = [scored_group(ids, group) for ids, group in zip(job["prompts"], groups, strict=True)]
-    score_s, scores = timed(lambda: score(policy, learner, scored, cfg))
+    score_s, scores = timed(lambda: score(learner, scored, cfg))
 
     def update() -> None:
         selfemo.mini_batch(policy, learner, scored, scores, cfg)
@@ -56,11 +56,10 @@ def step(policy: Policy, job: Job) -> Found:
     return {"seconds": sum(parts.values()), "tokens": tokens, **parts}
 
 
-def score(policy: Policy, learner: Learner, scored: Sequence[ScoredGroup], cfg: Config) -> selfemo.Scores:
-    """Log-probs before the update: the policy's own and the reference's."""
-    groups = [s.group for s in scored]
+def score(learner: Learner, scored: Sequence[ScoredGroup], cfg: Config) -> selfemo.Scores:
+    """Log-probs before the update: the reference's. The update finds the policy's own, as in the first of every RL step."""
     assert learner.reference is not None
-    return selfemo.Scores(selfemo.logprobs(policy, groups, cfg), selfemo.logprobs(learner.reference, groups, cfg))
+    return selfemo.Scores(None, selfemo.logprobs(learner.reference, [s.group for s in scored], cfg))
 
 
 def scored_group(ids: Sequence[int], group: Sequence[Completion]) -> ScoredGroup:

@@ -79,18 +79,23 @@ def replay(run: Path, sample_id: str) -> tuple[Record, Record]:
         for number, first in enumerate(range(0, len(groups), cfg.mini_batch_prompts)):
             part = groups[first : first + cfg.mini_batch_prompts]
             rows = slice(first * cfg.n, (first + len(part)) * cfg.n)
-            scores = Scores(old[rows], ref[rows])
             if sample_id in (g.sample.id for g in part):
                 record = next(r for r in group_records if r["sample_id"] == sample_id)
-                seen = measured(policy, part, scores, cfg, sample_id, load_tokenizer(cfg.model))
+                seen = measured(policy, part, old[rows], ref[rows], cfg, sample_id, load_tokenizer(cfg.model))
                 return record, {"mini_batch": number, "largest_gap": gap, **seen}
-            mini_batch(policy, learner, part, scores, cfg)
+            mini_batch(policy, learner, part, Scores(old[rows], ref[rows]), cfg)
             learner.apply()
     raise AssertionError("the sample is among the records")
 
 
 def measured(
-    policy: Policy, part: Sequence[ScoredGroup], scores: Scores, cfg: Config, sample_id: str, tokenizer: Any
+    policy: Policy,
+    part: Sequence[ScoredGroup],
+    old: list[Tensor],
+    ref: list[Tensor],
+    cfg: Config,
+    sample_id: str,
+    tokenizer: Any,
 ) -> Record:
     """The loss of a mini-batch as `selfemo.mini_batch` has it, in one piece, and its gradients for the rows of one group."""
     logits: list[Tensor] = []
@@ -104,7 +109,7 @@ def measured(
     hook.remove()
     logp_BT.retain_grad()
     lengths = [len(a.ids) for g in part for a in g.answers]
-    old_BT, ref_BT = (pad_sequence(x, batch_first=True) for x in (scores.old, scores.ref))
+    old_BT, ref_BT = (pad_sequence(x, batch_first=True) for x in (old, ref))
     w_BT = token_weights(lengths, cfg.loss_mean, max(lengths)).to(logp_BT.dtype)
     adv_B = torch.tensor([a for g in part for a in g.advantages], dtype=torch.float64)
     loss, _ = policy_loss(logp_BT, old_BT, adv_B, w_BT, clip_eps=cfg.clip_eps, ratio=cfg.ratio)

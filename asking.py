@@ -247,31 +247,54 @@ class Local:
 
     def answer(self, chats: Sequence[Chat], settings: Settings, keep: Keep) -> None:
         """Answer all, `CHUNK` at a time. Raises `UserError` where the model cannot be opened or computes NaN."""
-        from model import Policy, eos_ids
-        from rollout import generate
-        from world import device_memory
-
-        policy = Policy.load_here(self.folder)
-        stops = eos_ids(self.folder, self.tokenizer)
+        answer = open_local(self.folder, self.tokenizer)
         for first in range(0, len(chats), CHUNK):
             part = chats[first : first + CHUNK]
             encoded = [data.render(self.tokenizer, chat) for chat in part]
-            try:
-                groups = generate(
-                    policy,
-                    [ids for ids, _ in encoded],
-                    n=1,
-                    max_new_tokens=settings.max_new_tokens,
-                    temperature=settings.temperature,
-                    eos_ids=stops,
-                    keys=[(settings.seed, 0, cache_key(self, chat, settings)) for chat in part],
-                    kv_budget=device_memory(policy.device) // 2,
-                )
-            except FloatingPointError as error:
-                raise UserError(f"{self.folder}: {error}; take another model") from None
-            for i, ((ids, prefix), (said,)) in enumerate(zip(encoded, groups, strict=True)):
-                text = data.answer_text(self.tokenizer, said.ids, stops, prefix)
-                keep(first + i, Reply(text[: data.MAX_BYTES + 1], said.finished, (len(ids), len(said.ids))))
+            replies = answer(encoded, [cache_key(self, chat, settings) for chat in part], settings)
+            for i, reply in enumerate(replies):
+                keep(first + i, reply)
+
+
+Encoded = tuple[list[int], str]  # a prompt's ids, and what the template has begun of the answer
+
+
+def open_local(
+    folder: str, tokenizer: Any, *, kv_budget: int | None = None, progress: bool = False
+) -> Callable[[Sequence[Encoded], Sequence[str], Settings], list[Reply]]:
+    """Open a local model: a function of prompts, of a name for each prompt's random stream, and of settings.
+
+    `kv_budget`: bytes for keys and values, default half of the device's memory. Raises `UserError` where the model cannot
+    be opened; the function raises it where the model computes NaN.
+    """
+    from model import Policy, eos_ids
+    from rollout import generate
+    from world import device_memory
+
+    policy, stops = Policy.load_here(folder), eos_ids(folder, tokenizer)
+
+    def answer(encoded: Sequence[Encoded], names: Sequence[str], settings: Settings) -> list[Reply]:
+        try:
+            groups = generate(
+                policy,
+                [ids for ids, _ in encoded],
+                n=1,
+                max_new_tokens=settings.max_new_tokens,
+                temperature=settings.temperature,
+                eos_ids=stops,
+                keys=[(settings.seed, 0, name) for name in names],
+                kv_budget=kv_budget or device_memory(policy.device) // 2,
+                progress=progress,
+            )
+        except FloatingPointError as error:
+            raise UserError(f"{folder}: {error}; take another model") from None
+        replies = []
+        for (ids, prefix), (said,) in zip(encoded, groups, strict=True):
+            text = data.answer_text(tokenizer, said.ids, stops, prefix)
+            replies.append(Reply(text[: data.MAX_BYTES + 1], said.finished, (len(ids), len(said.ids))))
+        return replies
+
+    return answer
 
 
 def open_experts(

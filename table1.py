@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import data
-from asking import Expert, Settings, Unanswered, ask, open_cache, open_experts
+from asking import Expert, Settings, Unanswered, ask, open_cache, open_experts, open_local
 from data import Prompts, Sample, UserError
 
 Metrics = Mapping[str, Mapping[str, float]]  # row (a dataset, `average`, ...) -> metric -> value
@@ -46,34 +46,15 @@ def generated(
 
     Raises `UserError` where the model cannot be opened or computes NaN.
     """
-    from model import Policy, eos_ids, load_tokenizer
-    from rollout import generate
-    from world import device_memory
+    from model import load_tokenizer
 
     tokenizer = load_tokenizer(folder)
-    stops = eos_ids(folder, tokenizer)
-    policy = Policy.load_here(folder)
+    answer = open_local(folder, tokenizer, kv_budget=kv_budget, progress=True)
     answers: Answers = {}
     for name, samples in datasets.items():
         encoded = [data.encode(tokenizer, sample, prompts) for sample in samples]
-        try:
-            groups = generate(
-                policy,
-                [ids for ids, _ in encoded],
-                n=1,
-                max_new_tokens=settings.max_new_tokens,
-                temperature=settings.temperature,
-                eos_ids=stops,
-                keys=[(settings.seed, 0, sample.id) for sample in samples],
-                kv_budget=kv_budget or device_memory(policy.device) // 2,
-                progress=True,
-            )
-        except FloatingPointError as error:
-            raise UserError(f"{folder}: {error}; take another model") from None
-        answers[name] = [
-            (data.answer_text(tokenizer, completion.ids, stops, prefix), completion.finished)
-            for (completion,), (_, prefix) in zip(groups, encoded, strict=True)
-        ]
+        replies = answer(encoded, [sample.id for sample in samples], settings)
+        answers[name] = [(reply.text, reply.finished) for reply in replies]
     return answers
 
 

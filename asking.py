@@ -267,10 +267,11 @@ def open_local(
     `kv_budget`: bytes for keys and values, default half of the device's memory. Raises `UserError` where the model cannot
     be opened; the function raises it where the model computes NaN.
     """
-    from model import Policy, eos_ids
+    from model import Policy, eos_ids, quiet_transformers
     from rollout import generate
     from world import device_memory
 
+    quiet_transformers()
     policy, stops = Policy.load_here(folder), eos_ids(folder, tokenizer)
 
     def answer(encoded: Sequence[Encoded], names: Sequence[str], settings: Settings) -> list[Reply]:

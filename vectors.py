@@ -42,6 +42,9 @@ def encoder_vectors(texts: Sequence[str], folder: str, batch: int = 32) -> Float
     import torch
     from transformers import AutoModel, AutoTokenizer
 
+    from model import quiet_transformers
+
+    quiet_transformers()
     try:
         tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
     except (OSError, ValueError) as error:

@@ -2,7 +2,9 @@
 
 import json
 import math
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import tiny
@@ -29,6 +31,8 @@ from evaluate import (
     weighted_f1,
 )
 from table1 import rendered, spread
+
+ROOT = Path(__file__).resolve().parent.parent
 
 LABELS = ("neutral", "joy", "anger")
 GOLD = ["neutral", "neutral", "neutral", "joy", "joy", "anger"]
@@ -506,3 +510,13 @@ def test_nothing_to_score_or_to_score_on(monkeypatch, capsys, words):
 def test_a_users_mistake_is_one_line_and_exit_2(monkeypatch, capsys, folder, arguments, message):
     code, _, errors = command(monkeypatch, capsys, folder, *arguments)
     assert code == 2 and len(errors) == 1 and message in errors[0]
+
+
+def test_the_command_says_its_scores_and_nothing_of_the_library(place):
+    """In a process of its own: the suite has silenced transformers already."""
+    root = place.root
+    flags = ["--model", root / "base", "--data", f"tiny={root / 'world'}", "--prompts", root / "prompts.json"]
+    command = [sys.executable, "evaluate.py", "score", *map(str, flags), "--limit", "2", "--max_new_tokens", "4"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "Loading" not in done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["samples"] == {"tiny": 2}

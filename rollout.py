@@ -226,7 +226,7 @@ class Engine:
         """Answer every job."""
         for job in jobs:
             self.check_fits(job)
-        queue = deque(jobs)
+        queue = deque(sorted(jobs, key=lambda job: len(job.prompt)))  # side by side, prompts are padded to the longest
         tokens = 0
         while queue or self.rows:
             self.admit(queue)

@@ -252,7 +252,7 @@ def on_device(parts: Sequence[Sequence[Sequence[float]]], policy: Policy) -> lis
 
 MAX_GRAD_NORM = 1.0
 COLD_START_WEIGHTS = "cold_start"
-ADAMW: Mapping[str, Any] = {"betas": (0.9, 0.999), "weight_decay": 0.01}
+ADAMW: Mapping[str, Any] = {"betas": (0.9, 0.999), "weight_decay": 0.01, "fused": True}  # one pass, no copies
 
 
 @torch.no_grad()

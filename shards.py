@@ -170,6 +170,7 @@ def load_moments(policy: Policy, optimizer: torch.optim.Optimizer, folder: Path)
         name, key = full_name.rsplit("/", 1)
         if name not in parameters:
             raise UserError("the checkpoint belongs to another model: give the --model it was made with")
-        value = torch.zeros(()) if key == "step" else torch.zeros_like(parameters[name])
+        weight = parameters[name]
+        value = torch.zeros((), device=weight.device) if key == "step" else torch.zeros_like(weight)
         shards.copy_to(full_name, value)
-        optimizer.state[parameters[name]][key] = value
+        optimizer.state[weight][key] = value

@@ -208,11 +208,28 @@ def test_prompts_are_computed_once_and_finished_answers_leave_at_once(everything
 
 
 def test_long_batches_of_prompts_are_computed_in_parts(everything, monkeypatch, spy):
-    """At most 8 prompt tokens at once (a longer prompt alone): 3 + 1 | 7 | 2 + 3 | 9 | 3."""
+    """At most 8 prompt tokens at once, padding counted, the shortest first (a longer prompt alone): 1 + 2 | 3 + 3 | 3 | 7 | 9."""
     policy, whole = everything
     monkeypatch.setattr(rollout, "PREFILL_TOKENS", 8)
     assert_same(generate(policy, PROMPTS, keys=KEYS, **SETTINGS), whole)
-    assert spy.streams[:5] == [4, 7, 5, 9, 3]
+    assert spy.streams[:5] == [3, 6, 3, 7, 9]
+
+
+def test_a_long_prompt_does_not_widen_the_cache_of_short_ones(monkeypatch):
+    """One group at a time, prompts of 9, 2 and 5 tokens in buckets of 4: the cache has 4, then 8, then 12 columns."""
+    monkeypatch.setattr(rollout, "MAX_ROWS", 1)
+    monkeypatch.setattr(cache, "BUCKET", 4)
+    widths, inner = [], GroupCache.resize
+
+    def resize(self, size):
+        widths.append(size[1])
+        inner(self, size)
+
+    monkeypatch.setattr(GroupCache, "resize", resize)
+    prompts = [[1] * length for length in (9, 2, 5)]
+    keys = [(0, 0, str(len(prompt))) for prompt in prompts]
+    generate(Policy(tiny()), prompts, n=1, max_new_tokens=2, temperature=1.0, eos_ids=[], keys=keys)
+    assert list(dict.fromkeys(widths)) == [4, 8, 12]
 
 
 @pytest.mark.parametrize("tokens", [55, 60, 72, 90, 120])

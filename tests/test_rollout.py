@@ -208,7 +208,7 @@ def test_prompts_are_computed_once_and_finished_answers_leave_at_once(everything
 
 
 def test_long_batches_of_prompts_are_computed_in_parts(everything, monkeypatch, spy):
-    """At most 8 prompt tokens at once, padding counted, the shortest first, a longer one alone: 1 + 2 | 3 + 3 | 3 | 7 | 9."""
+    """At most 8 prompt tokens at once, padding counted, the shortest first, a longer alone: 1 + 2 | 3 + 3 | 3 | 7 | 9."""
     policy, whole = everything
     monkeypatch.setattr(rollout, "PREFILL_TOKENS", 8)
     assert_same(generate(policy, PROMPTS, keys=KEYS, **SETTINGS), whole)

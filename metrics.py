@@ -32,6 +32,7 @@ def rollout_metrics(records: Sequence[Record]) -> dict[str, float]:
     valid = [a["parse"] for a in answers if a["parse"]["reason"] is None]
     failed = Counter(a["parse"]["reason"] for a in answers if a["parse"]["reason"] is not None)
     shares = [[w / sum(p["last_emotions"].values()) for w in p["last_emotions"].values()] for p in valid]
+    named, gold = Counter(heaviest(p["last_emotions"]) for p in valid), Counter(heaviest(r["gold"]) for r in records)
     return {
         "reward/mean": mean(a["reward"] for a in answers),
         **{f"reward/{origin}": mean(rewards) for origin, rewards in origins.items() if rewards},
@@ -47,6 +48,8 @@ def rollout_metrics(records: Sequence[Record]) -> dict[str, float]:
         **{f"rule/{reason}": n / len(answers) for reason, n in failed.items()},
         "answer/entries": mean(map(len, shares)),
         "answer/min_share": mean(map(min, shares)),
+        "answer/top_emotion": max(named.values(), default=0) / max(1, len(valid)),
+        "gold/top_emotion": max(gold.values()) / len(records),
         "answer/tokens": mean(len(a["ids"]) for a in answers),
         "answer/truncated": mean(not a["finished"] for a in answers),
         **keep_metrics(records),

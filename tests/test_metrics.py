@@ -36,6 +36,7 @@ def test_a_step_by_hand():
     One of two groups has equal rewards, the same one equal consistencies. consistency: (1/3 + 0 + 2/3 + 2/3)/4 = .416667.
     Core on gold: joy on joy; joy, first of equals, not on anger. Right heaviest emotion: 1 of 4.
     Valid 3 of 4; entries (1 + 2 + 2)/3; least share (1 + .5 + .5)/3; tokens (4 + 6 + 2 + 2)/4 = 3.5; cut off 1 of 4.
+    All 3 valid answers have joy in front, gold has it in 1 of 2 groups.
     """
     found = metrics.rollout_metrics(GROUPS)
     assert found == pytest.approx(
@@ -43,13 +44,27 @@ def test_a_step_by_hand():
             "reward/mean": 0.734091, "reward/original": 0.55, "reward/synthetic": 0.918182, "reward/iou": 0.659091,
             "reward/acc": 0.25, "reward/zero_std": 0.5, "consistency/mean": 0.416667, "consistency/zero_std": 0.5,
             "consistency/core_on_gold": 0.5, "rule/rate": 0.75, "rule/unfinished": 0.25, "answer/entries": 1.666667,
-            "answer/min_share": 0.666667, "answer/tokens": 3.5, "answer/truncated": 0.25, "buffer/keep_rate": 0.5,
-            "buffer/keep_rate/label/joy": 1, "buffer/keep_rate/label/anger": 0, "buffer/keep_rate/depth/0": 1,
-            "buffer/keep_rate/depth/1": 0, "buffer/keep_rate/origin/original": 1, "buffer/keep_rate/origin/synthetic": 0,
+            "answer/min_share": 0.666667, "answer/top_emotion": 1, "gold/top_emotion": 0.5, "answer/tokens": 3.5,
+            "answer/truncated": 0.25, "buffer/keep_rate": 0.5, "buffer/keep_rate/label/joy": 1,
+            "buffer/keep_rate/label/anger": 0, "buffer/keep_rate/depth/0": 1, "buffer/keep_rate/depth/1": 0,
+            "buffer/keep_rate/origin/original": 1, "buffer/keep_rate/origin/synthetic": 0,
             "buffer/depth/0": 0.5, "buffer/depth/1": 0.5,
         },
         abs=1e-6,
     )  # fmt: skip
+
+
+def test_the_emotion_that_is_named_most_is_counted_among_valid_answers():
+    """anger, anger, joy in front and one cut off: 2 of 3. Gold: joy, joy, anger: 2 of 3."""
+    emotions = ({"anger": 0.9}, {"joy": 0.2, "anger": 0.8}, {"anger": 0.3, "joy": 0.7})
+    said = [answer(0, 0, 1, valid(**weights)) for weights in emotions]
+    groups = [
+        {**GROUPS[0], "gold": {"joy": 1.0}, "answers": said[:1]},
+        {**GROUPS[0], "gold": {"joy": 0.6, "anger": 0.4}, "answers": said[1:2]},
+        {**GROUPS[0], "gold": {"anger": 1.0}, "answers": [said[2], answer(0, 0, 1, CUT, finished=False)]},
+    ]
+    found = metrics.rollout_metrics(groups)
+    assert (found["answer/top_emotion"], found["gold/top_emotion"]) == pytest.approx((2 / 3, 2 / 3))
 
 
 def test_a_group_that_failed_counts_in_the_rewards_and_hits_nothing():
@@ -57,6 +72,7 @@ def test_a_group_that_failed_counts_in_the_rewards_and_hits_nothing():
     found = metrics.rollout_metrics([group])
     assert (found["reward/mean"], found["rule/rate"], found["consistency/core_on_gold"]) == (0, 0, 0)
     assert (found["reward/zero_std"], found["answer/truncated"], found["answer/entries"]) == (1, 1, 0)
+    assert (found["answer/top_emotion"], found["gold/top_emotion"]) == (0, 1)
     assert "reward/synthetic" not in found
 
 

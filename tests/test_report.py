@@ -80,7 +80,7 @@ HEALTHY = {
     "step": 0, "loss/policy": 0.004, "grad_norm": 0.2, "ratio/mean/by_mini_batch": [1.0, 1.01], "ratio/max": 2.0,
     "reward/zero_std": 0.1, "consistency/zero_std": 0.2, "reward/original": 0.6, "reward/synthetic": 0.7,
     "rule/rate": 0.95, "rule/label": 0.05, "answer/truncated": 0.02, "loss/weight_truncated": 0.02,
-    "answer/tokens": 36.0, "answer/entries": 1.4,
+    "answer/tokens": 36.0, "answer/entries": 1.4, "answer/top_emotion": 0.5, "gold/top_emotion": 0.45,
     "answer/min_share": 0.7, "consistency/mean": 0.4, "consistency/core_on_gold": 0.7, "policy/entropy": 0.2, "lam": 0.0,
     "clip_frac": 0.01, "kl/clamped": 0.0,
 }  # fmt: skip
@@ -89,7 +89,7 @@ HEALTHY = {
 def raised(late):
     """Titles that are raised when the last two of ten steps are `late`."""
     found = alarms([HEALTHY] * 8 + [{**HEALTHY, **late}] * 2)
-    assert len(found) == 10 and all(alarm.found and alarm.meaning for alarm in found)
+    assert len(found) == 11 and all(alarm.found and alarm.meaning for alarm in found)
     assert [alarm.raised for alarm in found] == sorted((alarm.raised for alarm in found), reverse=True)
     return [alarm.title for alarm in found if alarm.raised]
 
@@ -113,6 +113,7 @@ def test_a_healthy_run_raises_nothing_and_explains_loss_and_ratio():
         ({"consistency/zero_std": 0.91}, "Groups without a difference in consistency"),
         ({"consistency/core_on_gold": 0.59, "consistency/mean": 0.4}, "The group agrees on the wrong emotion"),
         ({"answer/entries": 1.61, "answer/min_share": 0.6}, "Answers list more emotions than they mean"),
+        ({"answer/top_emotion": 0.76, "gold/top_emotion": 0.5}, "Most answers name one emotion"),
         ({"policy/entropy": 0.019}, "The entropy has collapsed"),
         ({"reward/synthetic": 0.76}, "New samples earn more than real ones"),
         ({"clip_frac": 0.51}, "Updates are clipped"),
@@ -129,6 +130,8 @@ def test_each_alarm_is_raised_by_its_own_fault(late, title):
         {"grad_norm": 0.0, "reward/zero_std": 1.0, "consistency/zero_std": 1.0},  # nothing differs: no gradient is right
         {"consistency/core_on_gold": 0.59, "consistency/mean": 0.3},  # less agreement as well
         {"answer/entries": 1.61},  # more entries of the same size
+        {"answer/top_emotion": 0.76, "gold/top_emotion": 0.52},  # so do the prompts
+        {"answer/top_emotion": 0.75},
         {"kl/clamped": 0.01, "clip_frac": 0.5},
         {"answer/truncated": 0.1, "rule/rate": 0.5, "reward/zero_std": 0.9, "consistency/zero_std": 0.9},
     ],
@@ -223,7 +226,7 @@ def test_headings_are_in_order(html):
 def test_every_plot_has_a_text_and_a_table(html):
     page = Page(html)
     plots = [attrs for attrs in page.all("svg") if attrs.get("aria-hidden") != "true"]
-    assert len(plots) == len(page.all("figure")) == 11  # Fig. 5: 4, Fig. 6: 3, others: 4
+    assert len(plots) == len(page.all("figure")) == 12  # Fig. 5: 4, Fig. 6: 3, others: 5
     ids = {attrs.get("id") for tag, attrs, _ in page.tags if tag in ("title", "desc")}
     for attrs in plots:
         assert attrs["role"] == "img" and set(attrs["aria-labelledby"].split()) <= ids

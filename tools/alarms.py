@@ -25,7 +25,9 @@ class Alarm:
 
 def alarms(lines: Lines) -> list[Alarm]:
     """All checks of a run's RL lines, those raised first; none of a run without an RL step."""
-    checks = (loss, truncation, rule, zero_reward, zero_consistency, consensus, padding, entropy, synthetic, clipping)
+    checks = (
+        loss, truncation, rule, zero_reward, zero_consistency, consensus, padding, one_emotion, entropy, synthetic, clipping
+    )  # fmt: skip
     return sorted((check(lines) for check in checks), key=lambda alarm: not alarm.raised) if lines else []
 
 
@@ -139,6 +141,21 @@ def padding(lines: Lines) -> Alarm:
         "An answer that names one more core emotion, with a small weight, loses little IOU and gains a third of Eq. 12. "
         "From some lambda on that pays (PAPER.md has the arithmetic). The floor of 0.1 a weight (D8) makes it dearer, not "
         "impossible. Raised when answers have 0.2 entries more and their smallest share falls.",
+    )
+
+
+def one_emotion(lines: Lines) -> Alarm:
+    """The majority class for every prompt."""
+    said, true = "answer/top_emotion", "gold/top_emotion"
+    return Alarm(
+        "Most answers name one emotion",
+        late(lines, said) > max(0.75, late(lines, true) + 0.25),
+        f"share of the emotion that is named most, among valid answers: {moved(lines, said)}; of the most frequent gold "
+        f"label among prompts: {moved(lines, true)}",
+        "The most frequent label is right more often than any other guess, so its answers win in most groups, whatever was "
+        "said. Once all answers of a group name it, they earn the same and nothing leads away again. Accuracy may have "
+        "risen; macro F1 shows it. Stop earlier, cold start better, or draw the labels evenly. Raised above three "
+        "quarters, and a quarter above gold.",
     )
 
 

@@ -1,4 +1,4 @@
-"""The pictures of docs/curves.md and README: learning curves of toy runs, good and broken, as SVG.
+"""The pictures of docs/curves.md, docs/smollm2.md and README: learning curves of runs, good and broken, as SVG.
 
     python -m tools.curves                             draw docs/curves/*.svg again from docs/curves/*.json
     python -m tools.curves --keep truncation=RUN ...   first take over what is drawn of a run's metrics.jsonl
@@ -91,6 +91,11 @@ PICTURES = (
     Picture(
         "rate", "A learning rate that is too high", {"rate 3e-3": ("hot",), "rate 3e-4": ("one",)},
         {"ratio/max": "Largest ratio", "policy/kl": "KL to the reference, nats"} | RULE | REWARD | ENTROPY | ACCURACY,
+    ),
+    Picture(
+        "smollm2", "SmolLM2-135M on MELD and EmoryNLP", {"SELF-GRPO": ("smollm2-self",), "GRPO": ("smollm2-plain",)},
+        RULE | REWARD | {"answer/top_emotion": "Share of the emotion named most"}
+        | {"reward/zero_std": "Groups of equal reward"} | ENTROPY | {"answer/tokens": "Tokens an answer"},
     ),
 )  # fmt: skip
 

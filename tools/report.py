@@ -115,6 +115,8 @@ def health(rl: Lines, time: Timeline) -> Iterator[Chart]:
           "reward/zero_std": "equal rewards", "consistency/zero_std": "equal consistency"}),
         ("entries", "Emotions in an answer", "How many a valid answer recognises, and the smallest share among them.",
          {"answer/entries": "emotions an answer", "answer/min_share": "smallest share"}),
+        ("top", "Variety", "Share of the emotion that most valid answers name, and of the most frequent gold label.",
+         {"answer/top_emotion": "named most", "gold/top_emotion": "gold"}),
         ("kl", "Distance", "KL to the iteration's reference and to the model after the cold start, nats a token.",
          {"policy/kl": "to the reference", "policy/kl_cold_start": "to the cold start"}),
     ):  # fmt: skip

@@ -43,7 +43,7 @@ def test_a_picture_is_small_stands_alone_and_can_be_read_aloud(picture):
     for name in picture.runs:
         assert f"{name} goes from" in root.find(f"{SVG}desc").text
     assert "http" not in re.sub(r"xmlns=\S+", "", path.read_text(encoding="utf-8"))
-    page = (ROOT / "docs" / "curves.md").read_text(encoding="utf-8") + (ROOT / "README.md").read_text(encoding="utf-8")
+    page = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("docs/curves.md", "docs/smollm2.md", "README.md"))
     assert re.search(
         rf"!\[[^\]]+\]\(curves/{picture.name}\.svg\)|curves/{picture.name}\.svg\" width=\"\d+\" alt=\"[^\"]+\"", page
     )

@@ -15,7 +15,7 @@ import selfemo
 from tools import links
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = tuple(f"docs/{name}.md" for name in ("data", "expert", "runs", "measuring", "curves", "by-hand", "speed"))
+PAGES = tuple(f"docs/{name}.md" for name in ("data", "expert", "runs", "measuring", "curves", "by-hand", "speed", "smollm2"))
 DOCUMENTS = ("README.md", "PAPER.md", "CHANGELOG.md", *PAGES)
 LATER = "not built yet"
 

@@ -94,7 +94,7 @@ PICTURES = (
     ),
     Picture(
         "smollm2", "SmolLM2-135M on MELD and EmoryNLP", {"SELF-GRPO": ("smollm2-self",), "GRPO": ("smollm2-plain",)},
-        RULE | REWARD | {"answer/top_emotion": "Share of the emotion named most"}
+        RULE | REWARD | {"answer/top_emotion": "Emotion named most, share"}
         | {"reward/zero_std": "Groups of equal reward"} | ENTROPY | {"answer/tokens": "Tokens an answer"},
     ),
 )  # fmt: skip

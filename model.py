@@ -304,7 +304,8 @@ def score_tokens(output: nn.Module, hidden_MD: Tensor, target_M: Tensor, tempera
     logp_MV = (logits_MV / temperature if temperature != 1 else logits_MV).log_softmax(-1)
     logp_M = logp_MV.gather(-1, target_M[:, None])[:, 0]
     with torch.no_grad():
-        entropy_M = -torch.linalg.vecdot(logp_MV.exp(), logp_MV)
+        finite_MV = logp_MV.clamp(min=torch.finfo(logp_MV.dtype).min)  # a token that cannot be said adds 0, not NaN
+        entropy_M = -torch.linalg.vecdot(logp_MV.exp(), finite_MV)
     return logp_M, entropy_M
 
 

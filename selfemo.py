@@ -456,7 +456,7 @@ def export(folder: Path, policy: Policy, tokenizer: PreTrainedTokenizerBase) -> 
     whole.export(aside, tokenizer)
     write_sums(aside)
     prompt, _ = data.render(tokenizer, [{"role": "user", "content": "Who is there?"}])
-    group = [Group(prompt, [prompt])]
+    group = [Group(prompt, [prompt[-1:]])]
     with torch.no_grad():
         again = Policy.load(aside, whole.lm.dtype, whole.device)
         same = torch.allclose(whole(group)[0], again(group)[0], atol=1e-4)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import model
 from data import UserError
-from model import ATTENTION, Group, Policy, attention, eos_ids, load_tokenizer, pad
+from model import ATTENTION, Group, Policy, attention, eos_ids, load_tokenizer, pad, score_tokens
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 KINDS = pytest.mark.parametrize("kind", ["qwen3", "llama"])
@@ -173,6 +173,13 @@ def test_entropy_by_hand():
     expected = torch.tensor([[1.0397207708, 0.0, 4.5747109785]], dtype=torch.float64)
     assert_close(entropy_BT, expected, rtol=0, atol=1e-9)
     assert not entropy_BT.requires_grad  # a measurement
+
+
+def test_a_token_that_cannot_be_said_adds_nothing_to_the_entropy():
+    """Logits 0, -inf, 1: probabilities .268941, 0, .731059; entropy .268941 * 1.313262 + .731059 * .313262 = .582203."""
+    logits_MV = torch.tensor([[0.0, -torch.inf, 1.0]], dtype=torch.float64)
+    logp_M, entropy_M = score_tokens(torch.nn.Identity(), logits_MV, torch.tensor([2]), 1.0)
+    assert (logp_M.item(), entropy_M.item()) == pytest.approx((-0.313262, 0.582203), abs=1e-6)
 
 
 def test_temperature_divides_the_logits():

@@ -106,6 +106,7 @@ def test_a_healthy_run_raises_nothing_and_explains_loss_and_ratio():
     ("late", "title"),
     [
         ({"ratio/mean/by_mini_batch": [1.02, 1.0]}, "The loss is near 0 and the first ratio is 1"),
+        ({"rollout/logp_gap_mean": 0.11}, "The loss is near 0 and the first ratio is 1"),
         ({"grad_norm": 0.0}, "The loss is near 0 and the first ratio is 1"),
         ({"answer/truncated": 0.11}, "Answers cut off"),
         ({"rule/rate": 0.49}, "The rule is broken"),
@@ -132,6 +133,7 @@ def test_each_alarm_is_raised_by_its_own_fault(late, title):
         {"answer/entries": 1.61},  # more entries of the same size
         {"answer/top_emotion": 0.76, "gold/top_emotion": 0.52},  # so do the prompts
         {"answer/top_emotion": 0.75},
+        {"rollout/logp_gap_mean": 0.1},
         {"kl/clamped": 0.01, "clip_frac": 0.5},
         {"answer/truncated": 0.1, "rule/rate": 0.5, "reward/zero_std": 0.9, "consistency/zero_std": 0.9},
     ],
@@ -145,6 +147,11 @@ def test_a_run_that_has_learned_to_be_brief_raises_the_alarm_of_its_first_steps(
     """docs/curves.md: with a limit of 31 tokens .53 are cut in the first fifth, .06 in the last."""
     found = alarms([{**HEALTHY, "answer/truncated": share}] * 2 + [HEALTHY] * 8)
     assert [alarm.title for alarm in found if alarm.raised] == expected
+
+
+def test_a_run_that_did_not_count_emotions_is_not_called_fine():
+    line = {name: value for name, value in HEALTHY.items() if "top_emotion" not in name}
+    assert next(a for a in alarms([line]) if a.title.startswith("Most answers")).found.startswith("not measured")
 
 
 def test_a_run_without_synthetic_prompts_has_no_such_alarm():

@@ -48,21 +48,23 @@ def moved(lines: Lines, name: str) -> str:
 
 
 def loss(lines: Lines) -> Alarm:
-    """A loss of 0 is no fault; a first ratio beside 1, or no gradient where rewards differ, is."""
+    """A loss of 0 is no fault; log-probs that are not the sampler's, or no gradient where rewards differ, are."""
     ratios = [line["ratio/mean/by_mini_batch"][0] for line in lines]
     off = max(abs(ratio - 1) for ratio in ratios)
+    gap = max(line.get("rollout/logp_gap_mean", 0.0) for line in lines)
     still = sum(line["grad_norm"] == 0 and min(line["reward/zero_std"], line["consistency/zero_std"]) < 1 for line in lines)
     first = lines[0]
     return Alarm(
         "The loss is near 0 and the first ratio is 1",
-        off > 0.01 or still > 0,
+        off > 0.01 or gap > 0.1 or still > 0,
         f"step {first['step']}: loss {first['loss/policy']:.3g}, gradient norm {first['grad_norm']:.3g}; the first update "
-        f"of a step has a ratio at most {off:.1g} away from 1; steps without a gradient although answers differ: {still}",
+        f"of a step has a ratio at most {off:.1g} away from 1; log-probs differ from the sampler's by {gap:.1g} nats on "
+        f"average at most; steps without a gradient although answers differ: {still}",
         "This is as it should be. Before the first update the policy has not moved since its log-probs were measured, so "
         "every ratio is 1 and nothing is clipped. The advantages of a group sum to 0 (Eq. 13), so the loss is 0 but for "
         "the lengths of the answers. Its gradient is not 0: it raises answers with a positive advantage and lowers the "
-        "others. Watch rewards and evaluations, not the loss. It would be a fault if the first ratio were not 1 (sampler "
-        "and training disagree) or the gradient were 0 while answers differ.",
+        "others. Watch rewards and evaluations, not the loss. It would be a fault if sampler and training disagreed (raised "
+        "above .1 nats a token) or the gradient were 0 while answers differ.",
     )
 
 
@@ -147,11 +149,14 @@ def padding(lines: Lines) -> Alarm:
 def one_emotion(lines: Lines) -> Alarm:
     """The majority class for every prompt."""
     said, true = "answer/top_emotion", "gold/top_emotion"
+    found = (
+        f"share of the emotion that is named most, among valid answers: {moved(lines, said)}; of the most frequent gold "
+        f"label among prompts: {moved(lines, true)}"
+    )
     return Alarm(
         "Most answers name one emotion",
         late(lines, said) > max(0.75, late(lines, true) + 0.25),
-        f"share of the emotion that is named most, among valid answers: {moved(lines, said)}; of the most frequent gold "
-        f"label among prompts: {moved(lines, true)}",
+        found if any(said in line for line in lines) else "not measured: the run is of an earlier version",
         "The most frequent label is right more often than any other guess, so its answers win in most groups, whatever was "
         "said. Once all answers of a group name it, they earn the same and nothing leads away again. Accuracy may have "
         "risen; macro F1 shows it. Stop earlier, cold start better, or draw the labels evenly. Raised above three "

@@ -137,7 +137,7 @@ def test_a_hang_is_asked_again_and_given_up_in_the_end():
         (said,) = asked(server, settings=replace(FAST, timeout=0.5, retries=1))
     assert isinstance(said, Unanswered) and "timed out" in said.why.lower()
     assert len(server.seen) == 2
-    assert time.monotonic() - started < 15
+    assert time.monotonic() - started < 5
 
 
 def test_a_server_that_drips_is_given_up():
@@ -160,7 +160,7 @@ def test_a_server_that_drips_is_given_up():
         started = time.monotonic()
         (said,) = asked(server, settings=replace(FAST, timeout=0.2))
     assert isinstance(said, Unanswered) and "in time" in said.why
-    assert 0.7 < time.monotonic() - started < 15
+    assert 0.7 < time.monotonic() - started < 4
 
 
 def test_invalid_json_and_refusals_are_no_answers_and_the_others_go_on():

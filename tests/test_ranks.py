@@ -423,10 +423,11 @@ sys.exit(selfemo.main(sys.argv[1:]))
     ],
 )
 def test_a_rank_that_fails_takes_the_job_down_with_one_error(place, tmp_path, what, heard):
-    """Under the real torchrun: rank 1 fails while rank 0 samples or waits. Everything has ended within two minutes."""
+    """Under the real torchrun: rank 1 fails while rank 0 samples or waits. Everything has ended within a minute."""
     script = tmp_path / "script.py"
     script.write_text(FAILING.format(root=str(ROOT), what=what))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    begun = time.monotonic()
     ended = subprocess.run(
         [*command, "--", str(script), *place.argv(tmp_path / "run", *ONE_ITERATION)],
         capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
@@ -435,3 +436,4 @@ def test_a_rank_that_fails_takes_the_job_down_with_one_error(place, tmp_path, wh
     assert heard in ended.stderr
     spoken = [line for line in ended.stderr.splitlines() if re.match(r"rank \d: error: ", line)]
     assert len(spoken) == ("error" in heard)  # a rank that is killed says nothing; torchrun says SIGKILL
+    assert time.monotonic() - begun < 60

@@ -1,4 +1,4 @@
-"""Scores of a model (Table 1), entropies of the three tasks (Fig. 6), and the commands about finished runs.
+"""Scores of a model (Table 1), evaluation inside a run (Figs. 5, 6), and the commands about models and finished runs.
 
     python evaluate.py score --model DIR --data meld=data/meld [--data ...] --split test
     python evaluate.py judge RUN --early 0-9 --late 10-19 --judge URL --judge_name NAME
@@ -10,7 +10,6 @@ An answer without a valid output is a wrong answer, never a missing one: it is c
 
 import json
 import math
-import statistics
 import sys
 from bisect import bisect_left, bisect_right
 from collections import Counter
@@ -19,25 +18,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 import tyro
 
-import audit
-import byhand
 import data
-from asking import KEPT, Settings
-from clusters import personas_command
-from config import Pairs, Switch
-from data import Failure, Output, Sample, UserError, refuse
+from analysis import audit, byhand
+from analysis.clusters import personas_command
+from analysis.compare import compared, read_baseline
+from analysis.judge import judge_command
+from analysis.table1 import Answers, asked, averaged, endpoints, generated, rendered, spread, summary
+from common.draws import first_shuffled
+from common.errors import UserError, command
+from common.files import build_records, jsonl
+from common.flags import Pairs, Switch
+from corpora.loading import load, read_gold, read_personas, with_votes
+from corpora.sharing import overlap
+from data import Completion, Failure, Output, Sample, heaviest
+from engine.batches import my_micro_batches
+from engine.processes import gathered
+from experts.asking import KEPT, Settings
 from grpo import iou
-from judge import interval, judge_command, sign_test
-from runs import parse_record
-from table1 import Answers, asked, endpoints, generated, rendered, spread
-from world import first_shuffled
+from model import Group, Policy
+from training.folder import Run, made_once
+from training.metrics import means
+from training.records import parse_record, sample_from_record, sample_record
+from training.task import EVALUATION, SELF_EMO_TEST, Task, answer, group_by_dataset
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Parse = Output | Failure
+
 
 # Metrics. Arguments are keywords, so that gold and predictions cannot be swapped: F1 is not symmetric.
 
@@ -64,27 +75,6 @@ def macro_f1(*, gold: Sequence[str], pred: Sequence[str | None]) -> float:
     """Plain mean of F1 over the classes that occur, as gold or as prediction."""
     classes = {*gold, *pred} - {None}
     return math.fsum(class_scores(c, gold=gold, pred=pred)[2] for c in classes if c) / len(classes)
-
-
-def mcnemar(correct_a: Sequence[bool], correct_b: Sequence[bool]) -> tuple[int, int, float]:
-    """(only a right, only b right, exact two-sided p) of two systems on the same samples; p = 1 without a difference."""
-    pairs = Counter(zip(correct_a, correct_b, strict=True))
-    b, c = pairs[True, False], pairs[False, True]
-    return b, c, sign_test(b, c)
-
-
-def paired_interval(
-    correct_a: Sequence[bool], correct_b: Sequence[bool], *, seed: int = 0, draws: int = 10_000
-) -> tuple[float, float, float]:
-    """Accuracy of a minus accuracy of b and its 95 % bootstrap interval over pairs: (difference, low, high)."""
-    b, c, _ = mcnemar(correct_a, correct_b)
-    n = len(correct_a)
-    return (b - c) / n, *interval(b, c, n - b - c, seed=seed, draws=draws)
-
-
-def top_label(weights: Mapping[str, float]) -> str:
-    """The heaviest entry, the first of them in a tie (D15)."""
-    return max(weights, key=lambda emotion: weights[emotion])
 
 
 @dataclass(frozen=True)
@@ -139,8 +129,8 @@ def score(samples: Sequence[Sample], parses: Sequence[Parse]) -> Scores:
     valid = [(s, p if isinstance(p, Output) else None) for s, p in zip(samples, parses, strict=True)]
     return Scores(
         labels=tuple(dict.fromkeys(label for sample in samples for label in sample.labels)),
-        gold=tuple(top_label(sample.gold) for sample in samples),
-        pred=tuple(top_label(p.last_emotions) if p else None for _, p in valid),
+        gold=tuple(heaviest(sample.gold) for sample in samples),
+        pred=tuple(heaviest(p.last_emotions) if p else None for _, p in valid),
         ious=tuple(iou(p.last_emotions, s.gold) if p else 0.0 for s, p in valid),
         reasons=tuple(p.reason if isinstance(p, Failure) else None for p in parses),
     )
@@ -148,7 +138,7 @@ def score(samples: Sequence[Sample], parses: Sequence[Parse]) -> Scores:
 
 def majority(samples: Sequence[Sample]) -> Scores:
     """What always naming the most frequent gold label of these samples would score."""
-    label = Counter(top_label(sample.gold) for sample in samples).most_common(1)[0][0]
+    label = Counter(heaviest(sample.gold) for sample in samples).most_common(1)[0][0]
     return score(samples, [Output("", {label: 1.0}, {}, "", {})] * len(samples))
 
 
@@ -171,10 +161,71 @@ def parse_lenient(text: str, labels: Sequence[str]) -> Parse:
     return data.parse_output(text, labels)
 
 
+# Inside a run
+
+
+def on_dev(run: Run, task: Task, policy: Policy, k: int, t: int, when: str) -> None:
+    """Scores on dev and, once there is one, on the SELF-EMO test split (D23)."""
+    sets = group_by_dataset(task.dev)
+    if run.position.stage > 0:
+        sets["selfemo"] = self_emo_test(run, task, policy)
+    on_sets(run, task, policy, sets, k, t, "eval", when)
+
+
+def on_sets(
+    run: Run, task: Task, policy: Policy, sets: Mapping[str, Sequence[Sample]], k: int, t: int, name: str, when: str
+) -> None:
+    """One line of metrics: every set at every temperature, `name/<set>/acc` and so on, `@T` beside the first one."""
+    values: dict[str, Any] = {"when": when}
+    for temperature in task.cfg.eval_temperatures:
+        mark = "" if temperature == task.cfg.eval_temperatures[0] else f"@{temperature:g}"
+        for label, samples in sets.items():
+            if samples:
+                answers = [g[0] for g in answer(task, policy, samples, n=1, temperature=temperature, step=EVALUATION)]
+                values |= score(samples, [a.parse for a in answers]).metrics(f"{name}/{label}{mark}/")
+                values |= task_entropies(task, policy, samples, answers, f"{name}/{label}{mark}/entropy/")
+    run.log("eval", k, values, t)
+    shown = [f"{n} {v:.3f}" for n, v in values.items() if n.endswith(("/acc", "/iou", "/rule_rate"))]
+    run.say(f"{when}: {', '.join(shown)}")
+
+
+def self_emo_test(run: Run, task: Task, policy: Policy) -> list[Sample]:
+    """The SELF-EMO test split: one valid answer to each dev sample made a new sample, once, after the cold start (D23)."""
+    path = run.out / "selfemo_test.jsonl"
+
+    def make() -> str:
+        groups = answer(task, policy, task.dev, n=1, temperature=task.cfg.temperature, step=SELF_EMO_TEST)
+        parsed = [(s, g[0].parse) for s, g in zip(task.dev, groups, strict=True)]
+        made = [data.new_sample(s, parse, 0) for s, parse in parsed if isinstance(parse, Output)]
+        return jsonl([sample_record(child) for child in made if isinstance(child, Sample) and task.fits(child)])
+
+    return build_records(path, made_once(path, make), sample_from_record)
+
+
 TASKS = {"last_emotions": "recognition", "my_emotions": "self_emotion", "my_output": "response"}  # Eq. (1): T_o, T_s, T_r
 
 
+@torch.no_grad()
 def task_entropies(
+    task: Task, policy: Policy, samples: Sequence[Sample], answers: Sequence[Completion], prefix: str
+) -> dict[str, float]:
+    """Mean token entropies of recognition, self-emotion and response over the valid answers (Fig. 6b)."""
+    pairs = [(task.encode(s), a) for s, a in zip(samples, answers, strict=True) if isinstance(a.parse, Output)]
+    groups = [Group(prompt, [a.ids]) for (prompt, _), a in pairs]
+    found: dict[int, list[float]] = {}
+    for part in my_micro_batches(groups, task.cfg.micro_batch) if groups else ():
+        _, entropy_BT = policy(part.groups)
+        if part.counted:
+            rows = range(len(pairs))[part.rows]
+            for row, entropy_T in zip(rows, entropy_BT.tolist(), strict=True):
+                (_, opened), a = pairs[row]
+                assert isinstance(a.parse, Output)
+                by_task = span_entropies(entropy_T, a.ids, task.tokenizer, opened, a.parse.spans)
+                found[row] = [by_task[name] for name in TASKS.values()]
+    return means([dict(zip(TASKS.values(), row, strict=True)) for row in gathered(found)], prefix)
+
+
+def span_entropies(
     entropies: Sequence[float],
     ids: Sequence[int],
     tokenizer: "PreTrainedTokenizerBase",
@@ -183,7 +234,7 @@ def task_entropies(
 ) -> dict[str, float]:
     """Mean token entropy (nats) of an answer's recognition, self-emotion and response (Fig. 6b).
 
-    `entropies` and `ids`: one a token of the answer; `prefix` and `spans`: as `data.answer_text` and `Output.spans`. A
+    `entropies` and `ids`: one per token of the answer; `prefix` and `spans`: as `data.answer_text` and `Output.spans`. A
     token belongs to a part if it wrote one of its characters; found by binary search over the decoded beginnings.
     """
 
@@ -191,12 +242,12 @@ def task_entropies(
         # Half of a character decodes as U+FFFD until its last token arrives: without it lengths never shrink.
         return len(data.answer_text(tokenizer, ids[:tokens], frozenset(), prefix).rstrip("\ufffd"))
 
-    means = {}
+    found = {}
     for key, (start, end) in spans.items():
         first = bisect_right(range(len(ids) + 1), start, key=written) - 1
         last = bisect_left(range(len(ids) + 1), end, key=written)
-        means[TASKS[key]] = math.fsum(entropies[first:last]) / (last - first)
-    return means
+        found[TASKS[key]] = math.fsum(entropies[first:last]) / (last - first)
+    return found
 
 
 # The score command
@@ -216,11 +267,11 @@ class ScoreCommand:
     data: Pairs
     """NAME=DIR of a dataset; repeatable: then an average stands beside."""
     model_name: Pairs = ()
-    """Model name at an endpoint, one a URL, in order; keys as in expert.py."""
+    """Model name at an endpoint, one per URL, in order; keys as in `python -m experts`."""
     split: Literal["train", "dev", "test"] = "test"
     """Split to answer."""
     limit: int | None = None
-    """Samples a dataset: the first of a seeded shuffle. Default, and 0: all."""
+    """Samples of each dataset: the first of a seeded shuffle. Default, and 0: all."""
     temperature: float = 0.0
     """0 is greedy."""
     max_new_tokens: int = 8192
@@ -250,7 +301,7 @@ class ScoreCommand:
     soft_labels: tyro.conf.FlagConversionOff[Switch] = False
     """Annotators' votes as gold, where a release has them (D14)."""
     personas: Path | None = None
-    """Personas to show (JSONL of expert.py)."""
+    """Personas to show (JSONL of `python -m experts`)."""
     persona_scope: Literal["none", "context", "dialogue"] = "none"
     """Which of them dev and test show (D28)."""
 
@@ -258,16 +309,17 @@ class ScoreCommand:
 def _datasets(command: ScoreCommand) -> dict[str, list[Sample]]:
     """The samples to score, dataset by dataset, in the order of the files."""
     chosen = {}
-    gold = data.read_gold(command.gold) if command.gold else {}
-    known = data.read_personas(command.personas) if command.personas else None
-    votes = data.with_votes(dict.fromkeys(entry.partition("=")[0] for entry in command.data), command.soft_labels)
+    gold = read_gold(command.gold) if command.gold else {}
+    known = read_personas(command.personas) if command.personas else None
+    votes = with_votes(dict.fromkeys(entry.partition("=")[0] for entry in command.data), command.soft_labels)
     for entry in command.data:
         name, _, root = entry.partition("=")
         if not root or name in chosen:
             raise UserError(f"--data {entry}: give NAME=DIR, every name once")
-        dialogues = data.load(name, root, command.split, context=command.context, soft_labels=votes[name])
-        labels = data.label_set(name, root)
-        samples = data.samples(dialogues, labels, personas=known, persona_scope=command.persona_scope)
+        samples = data.read_samples(
+            name, root, command.split, context=command.context, soft_labels=votes[name], personas=known,
+            persona_scope=command.persona_scope,
+        )  # fmt: skip
         mine = {key: weights for key, weights in gold.items() if key.startswith(f"{name}/{command.split}/")}
         samples = data.with_gold(samples, mine) if mine else samples
         chosen[name] = first_shuffled(samples, command.limit or 0, f"{command.seed[0]}/{name}")
@@ -282,10 +334,10 @@ def unclean(command: ScoreCommand) -> set[str] | None:
     """Keys of the dialogues that are not clean; None for the train split itself, and where a train split is missing."""
     roots = [entry.partition("=")[::2] for entry in command.data]
     try:
-        train, scored = ([d for name, root in roots for d in data.load(name, root, s)] for s in ("train", command.split))
+        train, scored = ([d for name, root in roots for d in load(name, root, s)] for s in ("train", command.split))
     except UserError:
         return None
-    return data.overlap(scored, train) if command.split != "train" else None
+    return overlap(scored, train) if command.split != "train" else None
 
 
 def prediction_rows(samples: Sequence[Sample], answers: Sequence[tuple[str, bool]]) -> list[dict[str, Any]]:
@@ -298,36 +350,6 @@ def prediction_rows(samples: Sequence[Sample], answers: Sequence[tuple[str, bool
         said = {"text": text, "finished": finished, "parse": parse_record(parse)}
         rows.append({**asked, **said, "predicted": scores.pred[0], "correct": scores.correct[0], "iou": scores.ious[0]})
     return rows
-
-
-def read_baseline(path: Path, datasets: Mapping[str, Sequence[Sample]]) -> dict[str, bool]:
-    """Sample id -> right or wrong, from another model's --out. Raises `UserError` if a sample is missing in it."""
-    try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-        correct = {row["id"]: row["correct"] is True for row in rows}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} does not hold answers written with --out: {error}") from None
-    missing = [sample.id for samples in datasets.values() for sample in samples if sample.id not in correct]
-    if missing:
-        raise UserError(f"{path} lacks {len(missing)} samples, the first {missing[0]}: score both on the same --data")
-    return correct
-
-
-def _compare(scores: Scores, samples: Sequence[Sample], baseline: Mapping[str, bool], seed: int) -> dict[str, float]:
-    theirs = [baseline[sample.id] for sample in samples]
-    only_this, only_baseline, p = mcnemar(scores.correct, theirs)
-    difference, low, high = paired_interval(scores.correct, theirs, seed=seed)
-    named = {"only_this": only_this, "only_baseline": only_baseline, "mcnemar_p": p}
-    return named | {"acc_difference": difference, "low": low, "high": high}
-
-
-def summary(rows: Mapping[str, Mapping[str, float]]) -> str:
-    """Metrics as a table in percent, one line a row."""
-    columns = {"acc": "Acc.", "wf1": "W-F1", "macro_f1": "M-F1", "iou": "IOU", "rule_rate": "valid"}
-    lines = [f"{'':28}" + "".join(f" {title:>7}" for title in columns.values())]
-    for name, row in rows.items():
-        lines.append(f"{name:28}" + "".join(f" {100 * row[column]:7.2f}" for column in columns))
-    return "\n".join(lines)
 
 
 def report(
@@ -343,7 +365,7 @@ def report(
 
     `unclean`: keys of dialogues that the rows `clean` leave out (D24).
     """
-    strict, clean, clean_counts, beside, compared, text = {}, {}, {}, {}, {}, []
+    strict, clean, clean_counts, beside, beaten, text = {}, {}, {}, {}, {}, []
     for name, samples in datasets.items():
         pairs = list(zip(samples, answers[name], strict=True))
         parses = [data.parse_output(text, s.labels, finished=done) for s, (text, done) in pairs]
@@ -358,19 +380,12 @@ def report(
             beside[f"{name}, lenient"] = score(samples, [parse_lenient(text, s.labels) for s, (text, _) in pairs]).metrics()
         text.append(f"{name}: {len(samples)} samples\n{scores.table()}\n")
         if baseline is not None:
-            compared[name] = _compare(scores, samples, baseline, seed)
-            text.append(f"{name} against the baseline: " + ", ".join(f"{k} {v:.4g}" for k, v in compared[name].items()))
+            beaten[name] = compared(scores.correct, [baseline[sample.id] for sample in samples], seed)
+            text.append(f"{name} against the baseline: " + ", ".join(f"{k} {v:.4g}" for k, v in beaten[name].items()))
     rows = strict | averaged(strict) | {f"{name}, clean": row for name, row in (clean | averaged(clean)).items()} | beside
     counts = {name: len(samples) for name, samples in datasets.items()}
-    numbers = {"samples": counts, "clean_samples": clean_counts, "scores": rows, "compared": compared}
+    numbers = {"samples": counts, "clean_samples": clean_counts, "scores": rows, "compared": beaten}
     return "\n".join([*text, summary(rows)]), numbers
-
-
-def averaged(rows: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """A row `average` of several rows, nothing of one."""
-    if len(rows) < 2:
-        return {}
-    return {"average": {key: statistics.fmean(row[key] for row in rows.values()) for key in next(iter(rows.values()))}}
 
 
 def score_command(command: tyro.conf.OmitArgPrefixes[ScoreCommand]) -> int:
@@ -447,19 +462,13 @@ def audit_command(run: tyro.conf.Positional[Path], show: str | None = None, mark
     return 1 if findings.problems else 0
 
 
-def main() -> None:
-    """Command line. Exit status 2: a mistake of the user's, in one line; 130: stopped, answers that cost are kept."""
+def main() -> int:
+    """Run a command; see `common.errors.command` for the exit status."""
     commands: dict[str, Callable[..., int]] = {
         "score": score_command, "judge": judge_command, "personas": personas_command, "audit": audit_command,
     }  # fmt: skip
-    try:
-        sys.exit(tyro.extras.subcommand_cli_from_dict(commands))
-    except (UserError, OSError) as error:
-        sys.exit(refuse(error))
-    except KeyboardInterrupt:
-        print(f"stopped; {KEPT}", file=sys.stderr)
-        sys.exit(130)
+    return command(lambda: int(tyro.extras.subcommand_cli_from_dict(commands)), kept=KEPT)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

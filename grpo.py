@@ -16,7 +16,6 @@ from torch import Tensor
 
 Prediction = Mapping[str, float]
 Level = Literal["token", "sequence"]
-
 RULE_BONUS = 0.1  # Eq. (8): what an answer that follows the rule earns beside its IOU
 CORE_SIZE = 3  # Eqs. (11), (12): emotions in the core, and always the divisor of the consistency
 STD_EPS = 1e-6  # D5: added to both standard deviations

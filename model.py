@@ -9,31 +9,24 @@ M answer tokens of all answers in one row, H query heads, K key/value heads, D h
 
 import copy
 import os
-import re
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     AttentionInterface,
-    AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from data import UserError
-from sums import check_model
+from common.errors import UserError
+from common.hub import check_model, check_place, user_errors
 
 ATTENTION = "selfemo"  # the name under which transformers finds our attention
 SMALL = 10_000_000  # parameters
@@ -323,23 +316,6 @@ def check_sharing(policy: Policy, path: str | Path) -> None:
             raise UserError(f"the model {path} cannot share prompts (recurrent layers or scaled logits): take another one")
 
 
-def check_place(path: str | Path) -> None:
-    """Raise `UserError` for what is neither a folder nor looks like a hub name."""
-    if not Path(path).is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path)):
-        raise UserError(f"{path} does not exist: give a Hugging Face folder or a hub name")
-
-
-@contextmanager
-def user_errors(what: str) -> Iterator[None]:
-    """Turn a library's failure to open something into one clear `UserError` that opens with `what`."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, StrictDataclassError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        mend = "give a Hugging Face folder (config.json, *.safetensors, tokenizer) or a hub name"
-        raise UserError(f"{what}: {first}; {mend}") from error
-
-
 def few_threads(policy: Policy) -> None:
     """Let a small model on a CPU compute on one thread, unless OMP_NUM_THREADS says otherwise.
 
@@ -348,45 +324,3 @@ def few_threads(policy: Policy) -> None:
     small = sum(p.numel() for p in policy.parameters()) < SMALL
     if small and policy.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
-
-
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a Hugging Face folder. Raises `UserError` where it is missing or has no chat template."""
-    check_place(path)
-    check_model(Path(path), lambda name: not name.endswith(".safetensors"))
-    with user_errors(f"cannot open the tokenizer {path}"):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(path))
-    if not tokenizer.chat_template:
-        raise UserError(f"the tokenizer {path} has no chat template: use a chat model, or add chat_template.jinja")
-    return tokenizer
-
-
-def eos_ids(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Every stop token a model names: config, generation_config and tokenizer (Qwen3 has two). Nothing else is read."""
-    ids: set[int] = {tokenizer.eos_token_id} if isinstance(tokenizer.eos_token_id, int) else set()
-    with user_errors(f"cannot read the configuration of {path}"):
-        named = [AutoConfig.from_pretrained(str(path)).eos_token_id, generation_eos(path)]
-    for value in named:
-        ids |= set(value if isinstance(value, list) else [] if value is None else [value])
-    if not ids:
-        raise UserError(f"the model {path} names no end-of-sequence token: set eos_token in its tokenizer")
-    return frozenset(ids)
-
-
-def generation_eos(path: str | Path) -> int | list[int] | None:
-    """`eos_token_id` of generation_config.json, where there is one; its sampling settings are ignored (D19)."""
-    try:
-        return GenerationConfig.from_pretrained(str(path)).eos_token_id  # type: ignore[no-any-return]
-    except OSError:
-        if (Path(path) / "generation_config.json").exists():
-            raise
-        return None
-
-
-def quiet_transformers() -> None:
-    """No progress bars and notices of the library between our own lines."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

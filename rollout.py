@@ -11,7 +11,6 @@ Shapes: N tokens of a stream, P groups, G most rows of a group, R rows (unfinish
 tokens, Z = S + T, H query heads, K key/value heads, Q = H / K, D head width, V vocabulary, X blocks of C tokens of it.
 """
 
-import hashlib
 import itertools
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -26,31 +25,16 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from cache import DecodeLayout, GroupCache, PrefillLayout, Size, bucket
-from data import UserError
-from fast import Record, RecordedSteps, Step, packed_weights
+from common.draws import Key, uniform
+from common.errors import UserError
+from data import Completion
+from engine.cache import DecodeLayout, GroupCache, PrefillLayout, Size, bucket
+from engine.fast import Record, RecordedSteps, Step, packed_weights
 from model import ATTENTION, Policy, pad
 
-Key = tuple[int, int, str]  # (seed, step, sample id)
 BLOCK = 128  # tokens of the vocabulary in one entry of the sampler's coarse CDF
 MAX_ROWS = 256  # answers decoded together: the rate still rises up to here
 PREFILL_TOKENS = 12_400  # prompt tokens computed together (Table 12: max_num_batched_tokens)
-
-
-@dataclass(frozen=True)
-class Completion:
-    """One answer: token ids including the end-of-sequence token, their log-probs (nats), and whether it ended by itself."""
-
-    ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    finished: bool
-
-
-def uniform(key: Key, answer: int, position: int) -> float:
-    """The random number in [0, 1) of one token: 24 bits of BLAKE2b over its coordinates, exact in float32."""
-    seed, step, sample_id = key
-    digest = hashlib.blake2b(f"{seed}/{step}/{sample_id}/{answer}/{position}".encode(), digest_size=8).digest()
-    return (int.from_bytes(digest, "big") >> 40) * 2.0**-24
 
 
 def draw(logits_RV: Tensor, temperature: float, uniform_R: Sequence[float]) -> tuple[list[int], list[float]]:

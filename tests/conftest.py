@@ -10,16 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
+import data
+import selfemo
+from common.hub import quiet_transformers
+from corpora import loading
+from model import ATTENTION, Group, Policy
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
-
-import data
-import selfemo
-from model import ATTENTION, Group, Policy, quiet_transformers
 
 torch.set_num_threads(1)
 quiet_transformers()
@@ -145,15 +147,20 @@ def results(out):
     return found
 
 
+def status_of(main):
+    """The exit status of a command: what it returns, or what the parser of its flags ends with."""
+    try:
+        return main()
+    except SystemExit as stopped:
+        return stopped.code
+
+
 def call(argv):
     """main() on the CPU, also where there is a GPU: what repeats bit by bit is promised there."""
     said, complained = io.StringIO(), io.StringIO()
     cpu = mock.patch("torch.cuda.is_available", return_value=False)
     with cpu, contextlib.redirect_stdout(said), contextlib.redirect_stderr(complained):
-        try:
-            status = selfemo.main(argv)
-        except SystemExit as stopped:
-            status = stopped.code
+        status = status_of(lambda: selfemo.main(argv))
     return status, said.getvalue(), complained.getvalue()
 
 
@@ -173,7 +180,7 @@ def place(tmp_path_factory):
     torch.manual_seed(0)
     lm = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION)
     prompts = data.read_prompts(root / "prompts.json")
-    samples = data.samples(data.load("tiny", root / "world", "train"), LABELS)
+    samples = data.samples(loading.load("tiny", root / "world", "train"), LABELS)
     teach(lm, tokenizer, samples, prompts)
     Policy(lm).export(root / "base", tokenizer)
     os.utime(root / "base" / "model.safetensors", (0, 0))  # a local expert's answers depend on it: always the same

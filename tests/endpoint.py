@@ -13,6 +13,11 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import data
+from common.hub import eos_ids, load_tokenizer
+from model import Policy
+from rollout import generate
+
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -83,9 +88,6 @@ def model_answer(folder):
     """What a model says, one request at a time."""
     import torch
 
-    import data
-    from model import Policy, eos_ids, load_tokenizer
-    from rollout import generate
 
     torch.set_num_threads(1)
     tokenizer, policy, lock = load_tokenizer(folder), Policy.load(folder).eval(), threading.Lock()

@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 from conftest import lines, results
 
-import config
 import data
+from common.errors import UserError
+from corpora import loading
 from tools import ablate
 from tools.ablate import Ablate, Job, Row
+from training import config
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -49,7 +51,7 @@ def test_the_row_with_cold_needs_an_expert():
 def test_one_hot_gold_is_the_heaviest_label_of_every_training_sample(place):
     cfg = config.parse(place.argv("nowhere"))
     gold = {row["id"]: row["weights"] for row in ablate.one_hot_gold(cfg)}
-    train = data.samples(data.load("tiny", place.root / "world", "train"), data.label_set("tiny", place.root / "world"))
+    train = data.samples(loading.load("tiny", place.root / "world", "train"), loading.label_set("tiny", place.root / "world"))
     assert gold == {s.id: {max(s.gold, key=s.gold.get): 1.0} for s in train}
     assert any(len(s.gold) > 1 for s in train)
     rows = ablate.table_rows(24, False, Path("gold.jsonl"), ())
@@ -60,7 +62,7 @@ def test_rows_are_chosen_by_name_in_the_order_of_the_table():
     rows = ablate.table_rows(100, True, Path("g"), ())
     assert [row.name for row in ablate.chosen(rows, ("lr_0", "full"))] == ["full", "lr_0"]
     assert len(ablate.chosen(rows, ())) == 11
-    with pytest.raises(data.UserError, match="--rows fulll: there are full with_cold no_self_grpo"):
+    with pytest.raises(UserError, match="--rows fulll: there are full with_cold no_self_grpo"):
         ablate.chosen(rows, ("fulll",))
 
 
@@ -119,7 +121,7 @@ def job_of(folder, argv, seed=0):
 def test_a_run_with_other_settings_is_no_run_of_the_row(place, finished):
     assert ablate.finished(job_of(finished, place.argv(finished)))
     assert not ablate.finished(job_of(place.root / "nowhere", place.argv("nowhere")))
-    with pytest.raises(data.UserError, match=r"made with other settings \(lr was 0.001, is 0.0\)"):
+    with pytest.raises(UserError, match=r"made with other settings \(lr was 0.001, is 0.0\)"):
         ablate.finished(job_of(finished, place.argv(finished, "--lr", 0)))
 
 
@@ -127,7 +129,7 @@ def test_a_setting_that_an_older_run_does_not_know_had_its_default(place, finish
     known = json.loads((finished / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in known.items() if k != "limit"}))
     assert not ablate.finished(job_of(tmp_path, place.argv(tmp_path)))
-    with pytest.raises(data.UserError, match=r"limit was \[\], is \['tiny=3'\]"):
+    with pytest.raises(UserError, match=r"limit was \[\], is \['tiny=3'\]"):
         ablate.finished(job_of(tmp_path, place.argv(tmp_path, "--limit", "tiny=3")))
 
 
@@ -165,7 +167,7 @@ def test_a_failed_run_does_not_stop_the_others(place, tmp_path, monkeypatch):
 
 def test_a_mistake_in_the_command_stops_all(place, tmp_path, monkeypatch):
     stub(tmp_path, monkeypatch, "import sys; print('error: no such data', file=sys.stderr); sys.exit(2)")
-    with pytest.raises(data.UserError, match="full-0: status 2: error: no such data"):
+    with pytest.raises(UserError, match="full-0: status 2: error: no such data"):
         ablate.run_all(jobs(tmp_path, place, 3), 1)
     assert not (tmp_path / "full-1.log").exists()
 
@@ -182,7 +184,7 @@ def test_whatever_ends_it_the_runs_that_go_are_asked_to_save(place, tmp_path, mo
         "ready.touch()\n"
         "time.sleep(60)\n"
     ))  # fmt: skip
-    with pytest.raises(data.UserError):
+    with pytest.raises(UserError):
         ablate.run_all(jobs(tmp_path, place, 2), 2)
     assert (tmp_path / "full-1.log").read_text() == "saved\n"
 
@@ -191,7 +193,7 @@ def test_no_run_is_started_beside_one_that_still_writes_there(place, tmp_path):
     job = jobs(tmp_path, place, 1)[0]
     with job.log.open("ab") as log:
         fcntl.flock(log, fcntl.LOCK_EX)
-        with pytest.raises(data.UserError, match="a run still writes to .*full-0"):
+        with pytest.raises(UserError, match="a run still writes to .*full-0"):
             ablate.start(job)
 
 

@@ -5,16 +5,21 @@ import json
 import sys
 
 import pytest
+from conftest import status_of
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-import audit
 import evaluate
-from data import Responder, Sample, Turn, UserError, parse_output, sample_record, select
+from analysis import audit
+from common.errors import UserError
+from common.files import jsonl
+from corpora.dialogue import Turn
+from data import Completion, Responder, Sample, parse_output, select
 from grpo import advantages, consistency, core_emotions, reward
-from runs import Answer, ScoredGroup, digest, group_record, jsonl
+from training import records
+from training.records import ScoredGroup, digest, group_record, sample_record
 
 LABELS = ("neutral", "joy", "fear", "anger")
 THINK = "<think> because </think>"
@@ -41,7 +46,7 @@ def original(name, gold, responder="Ann"):
 def answered(text):
     finished = text != CUT
     ids = (*map(WORDS.index, text.split(" ")), *((0,) if finished else ()))
-    return Answer(ids, (-0.25,) * len(ids), finished, text, parse_output(text, LABELS, finished=finished))
+    return Completion(ids, (-0.25,) * len(ids), finished, text, parse_output(text, LABELS, finished=finished))
 
 
 def group(of, texts, step, *, weight, fits=True, off=False):
@@ -51,8 +56,8 @@ def group(of, texts, step, *, weight, fits=True, off=False):
     rewards, r2 = [reward(p, of.gold) for p in predictions], consistency(predictions)
     A = advantages([rewards], [r2], weight)[0].tolist()
     chosen = select(of, [a.parse for a in answers], rewards, step + 1, keep_reward=2.0 if off else 0.6, fits=lambda _: fits)
-    scored = ScoredGroup(of, (3, 1, 2), answers, tuple(rewards), core_emotions(predictions), tuple(r2), tuple(A), chosen)
-    record = group_record(scored, step=step, iteration=step + 1, lam=weight, version=7 * step)
+    scored = ScoredGroup(of, (3, 1, 2), answers, tuple(rewards), core_emotions(predictions), tuple(r2), tuple(A))
+    record = group_record(scored, chosen, step=step, iteration=step + 1, lam=weight, version=7 * step)
     return chosen.child, rehashed({**record, "why": "off"}) if off else record
 
 
@@ -79,8 +84,8 @@ def write(run, iterations, buffer, config=CONFIG):
     (run / "rollouts").mkdir(parents=True, exist_ok=True)
     (run / "config.json").write_text(json.dumps(config), encoding="utf-8")
     (run / "buffer.jsonl").write_text(jsonl(buffer), encoding="utf-8")
-    for k, records in enumerate(iterations, 1):
-        (run / "rollouts" / f"iteration-{k}.jsonl").write_text(jsonl(records), encoding="utf-8")
+    for k, found in enumerate(iterations, 1):
+        (run / "rollouts" / f"iteration-{k}.jsonl").write_text(jsonl(found), encoding="utf-8")
 
 
 def problems(run, iterations, buffer, config=CONFIG):
@@ -360,7 +365,7 @@ def test_ids_must_decode_to_the_text_and_end_where_it_says(quick):
     record = copy.deepcopy(RUN[0][1])
     record["answers"][0]["ids"][3] = 1
     record["answers"][1]["ids"][-1] = 1
-    record["answers"][3] |= {"text": "", "parse": audit.parse_record(parse_output("", LABELS))}
+    record["answers"][3] |= {"text": "", "parse": records.parse_record(parse_output("", LABELS))}
     found = problems(quick, tampered(0, 1, rehashed(record)), BUFFER)
     named = [p.partition(": ")[2].partition(":")[0] for p in found]
     assert named == ["answers[0].ids", "answers[1].ids", "answers[1].finished", "answers[3].ids"]
@@ -372,7 +377,7 @@ def test_a_think_block_that_the_template_opened_is_no_difference(quick):
     opened = WORDS.index("<think>")
     for answer in record["answers"]:
         answer["text"] = "<think>" + answer["text"]
-        answer["parse"] = audit.parse_record(parse_output(answer["text"], LABELS, finished=answer["finished"]))
+        answer["parse"] = records.parse_record(parse_output(answer["text"], LABELS, finished=answer["finished"]))
     assert problems(quick, tampered(0, 1, rehashed({**record, "prompt_ids": [1, opened]})), BUFFER) == ()
     assert len(problems(quick, tampered(0, 1, rehashed({**record, "prompt_ids": [opened, 1]})), BUFFER)) == 4
 
@@ -433,9 +438,8 @@ def test_show_works_a_group_out(tmp_path):
 
 def command(monkeypatch, capsys, *arguments):
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "audit", *map(str, arguments)])
-    with pytest.raises(SystemExit) as end:
-        evaluate.main()
-    return end.value.code, *capsys.readouterr()
+    status = status_of(evaluate.main)
+    return status, *capsys.readouterr()
 
 
 def test_the_command_exits_0_1_and_2(tmp_path, monkeypatch, capsys):

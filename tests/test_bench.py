@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data import UserError
+from common.errors import UserError
 from tools.bench import GROWTH, QUICK, STEP, WORKLOADS, A, B, Settings, can, chosen, prompts, ratios, table
 
 ROOT = Path(__file__).parent.parent

@@ -6,13 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import lines
+from conftest import lines, status_of
 
-import audit
-import byhand
 import evaluate
-from data import UserError
+from analysis import audit, byhand
+from common.errors import UserError
 from tools import replay
+from training import records
 
 ROOT = Path(__file__).resolve().parent.parent
 GROUP = ROOT / "docs" / "by-hand"
@@ -33,9 +33,8 @@ def chapter():
 
 def command(monkeypatch, capsys, *arguments):
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "audit", *map(str, arguments)])
-    with pytest.raises(SystemExit) as end:
-        evaluate.main()
-    return end.value.code, *capsys.readouterr()
+    status = status_of(evaluate.main)
+    return status, *capsys.readouterr()
 
 
 def test_the_chapter_is_what_the_command_prints(monkeypatch, capsys):
@@ -52,7 +51,7 @@ def test_the_record_is_what_follows_from_its_texts():
     _, derived = audit.recompute(record, config)
     written = {**record, **{f"answers[{i}].{k}": v for i, a in enumerate(record["answers"]) for k, v in a.items()}}
     assert len(derived) == 42
-    assert list(audit.compare(written, {**derived, "sha256": audit.digest(record)})) == []
+    assert list(audit.compare(written, {**derived, "sha256": records.digest(record)})) == []
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,13 @@ import sys
 import numpy as np
 import pytest
 import tiny
-from conftest import lines
+from conftest import lines, status_of
 
-import clusters as kinds
 import evaluate
-from clusters import NOISE, Cluster, Description, earned, from_run, in_words, mask, masked, name_of, rows, run_ious
-from data import UserError
-from vectors import encoder_vectors, flat, mean_pooled, tfidf_vectors, unit
+from analysis import clusters
+from analysis.clusters import NOISE, Cluster, Description, earned, from_run, in_words, mask, masked, name_of, rows, run_ious
+from analysis.vectors import encoder_vectors, flat, mean_pooled, tfidf_vectors, unit
+from common.errors import UserError
 
 pytest.importorskip("sklearn", reason="scikit-learn is not installed: requirements-extra.txt")
 
@@ -27,7 +27,7 @@ DESCRIBED = [Description(f"w/train/d{i}", "Ann", text) for i, text in enumerate(
 
 
 def found_in(texts, least=3):
-    return kinds.clusters(texts, tfidf_vectors(texts, 0), least)
+    return clusters.clusters(texts, tfidf_vectors(texts, 0), least)
 
 
 # Groups
@@ -104,7 +104,7 @@ def test_mean_iou_of_a_cluster_by_hand():
     listed = rows(found, {"run": earned(found, described, ious), "empty": {}})
     assert listed[0] == {"cluster": 0, "name": "calm quiet", "size": 2, "iou": {"run": pytest.approx(4 / 9), "empty": None},
                          "answers": {"run": 3, "empty": 0}}  # fmt: skip
-    assert kinds.table(listed).splitlines()[1].split() == ["0", "2", "calm", "quiet", "44.44", "%", "(3)", "-"]
+    assert clusters.table(listed).splitlines()[1].split() == ["0", "2", "calm", "quiet", "44.44", "%", "(3)", "-"]
 
 
 def test_a_run_describes_each_speaker_of_a_dialogue_once():
@@ -158,10 +158,9 @@ def test_the_map_in_words_names_the_nearest():
 
 def command(monkeypatch, capsys, *words):
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "personas", *map(str, words)])
-    with pytest.raises(SystemExit) as end:
-        evaluate.main()
+    status = status_of(evaluate.main)
     out, err = capsys.readouterr()
-    return end.value.code, out, [line for line in err.splitlines() if line.startswith("error: ")]
+    return status, out, [line for line in err.splitlines() if line.startswith("error: ")]
 
 
 def personas_file(path):

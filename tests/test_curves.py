@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import pytest
 from conftest import lines
 
-from data import UserError
+from common.errors import UserError
 from tools import curves
 from tools.alarms import alarms
 from tools.curves import PICTURES, Picture, svg

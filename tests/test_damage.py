@@ -10,18 +10,19 @@ import torch
 from test_runs import Line, fresh, learn, make
 from tiny import tiny
 
-import audit
-import byhand
-import runs
-from clusters import PersonasCommand, personas_command
-from config import MAY_DIFFER
-from data import UserError
-from model import Policy, load_tokenizer
-from pairing import recorded
-from runs import Stopped, damage, newest_checkpoint, open_run, read_lines, stage_steps
-from shards import intact, read_part, save_parts, weights
-from sums import SUMS, check_model, hash_of, sha256, write_sums
+from analysis import audit, byhand
+from analysis.clusters import PersonasCommand, personas_command
+from analysis.pairing import recorded
+from common import files
+from common.errors import UserError
+from common.files import SUMS, hash_of, read_lines, sha256, write_sums
+from common.hub import check_model, load_tokenizer
+from engine.shards import intact, read_part, save_parts, weights
+from model import Policy
 from tools import report
+from training.config import MAY_DIFFER
+from training.folder import Stopped, damage, newest_checkpoint, open_run, stage_steps
+from training.records import sample_from_record
 
 
 def flipped(raw, at, bit=0):
@@ -322,11 +323,10 @@ def test_a_record_of_another_shape_is_named(place, finished, tmp_path, name):
         with pytest.raises(UserError, match=rf"{name} line 2 is not what a run writes"):
             builders = {"cold_start.jsonl": lambda x: tuple(x["ids"]), "selfemo_test.jsonl": runs_sample,
                         "buffer.jsonl": lambda x: runs_sample(x["child"])}  # fmt: skip
-            runs.each(tmp_path / name, [lines[0], broken], builders[name])
+            files.each(tmp_path / name, [lines[0], broken], builders[name])
 
 
 def runs_sample(record):
-    from data import sample_from_record
 
     return sample_from_record(record)
 

@@ -9,11 +9,17 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import data
-from data import DEFAULT, Dialogue, Failure, Output, Prompts, Responder, Sample, Turn, UserError
+from common.errors import UserError
+from common.text import clean
+from corpora import loading, sharing
+from corpora.dialogue import LABELS, SPLITS, Dialogue, Turn, is_group
+from data import DEFAULT, Failure, Output, Prompts, Responder, Sample
+from training import coldstart
+from training.records import sample_from_record, sample_record
 
 REAL = Path(__file__).parents[1] / "../shared/data"
 needs_csv = pytest.mark.skipif(not REAL.exists(), reason="the CSV files of MELD and EmoryNLP are not beside the repository")
-LABELS = data.LABELS["meld"]
+MELD = LABELS["meld"]
 
 MELD_HEAD = "Sr No.,Utterance,Speaker,Emotion,Sentiment,Dialogue_ID,Utterance_ID,Season,Episode,StartTime,EndTime\r\n"
 EMORY_HEAD = "Utterance,Speaker,Emotion,Scene_ID,Utterance_ID,Season,Episode,Start_Time,End_Time\n"
@@ -44,7 +50,7 @@ def talk(*speakers, dataset="meld", split="train", personas=None, label="joy"):
 
 
 def sample(*speakers, **changes):
-    made = data.samples([talk(*(speakers or ("Ann", "Bo")))], LABELS)[-1]
+    made = data.samples([talk(*(speakers or ("Ann", "Bo")))], MELD)[-1]
     return replace(made, **{"responder": Responder("Ann", None, "prev"), **changes})
 
 
@@ -68,11 +74,11 @@ def output(mine=None, reply="Oh.", last=None):
     ],
 )
 def test_the_real_files(dataset, split, dialogues, turns, labels):
-    read = data.load(dataset, REAL / dataset, split)
+    read = loading.load(dataset, REAL / dataset, split)
     named = [label for d in read for turn in d.turns for label in turn.label]
     assert (len(read), len(named)) == (dialogues, turns)
-    assert tuple(named.count(label) for label in data.LABELS[dataset]) == labels
-    ids = [s.id for s in data.samples(read, data.LABELS[dataset])]
+    assert tuple(named.count(label) for label in LABELS[dataset]) == labels
+    ids = [s.id for s in data.samples(read, LABELS[dataset])]
     assert len(ids) == len(set(ids)) == turns
     assert all(turn.text.isprintable() and turn.speaker for d in read for turn in d.turns)
 
@@ -80,8 +86,8 @@ def test_the_real_files(dataset, split, dialogues, turns, labels):
 @needs_csv
 def test_a_dialogue_of_the_paper():
     """Table 8: MELD train 703, seven lines, Monica answers Joey; the ids of its lines have no gap."""
-    dialogue = next(d for d in data.load("meld", REAL / "meld", "train") if d.id == "703")
-    asked = data.samples([dialogue], LABELS)[6]
+    dialogue = next(d for d in loading.load("meld", REAL / "meld", "train") if d.id == "703")
+    asked = data.samples([dialogue], MELD)[6]
     assert asked.id == "meld/train/703/6"
     assert [turn.speaker for turn in asked.context] == ["Monica", "Angela", "Bob", "Monica", "Joey", "Monica", "Joey"]
     assert (asked.context[1].text, asked.gold, asked.responder.name) == ("Brooklyn Heights.", {"neutral": 1.0}, "Monica")
@@ -90,10 +96,10 @@ def test_a_dialogue_of_the_paper():
 @needs_csv
 def test_responder_kinds_of_the_real_files(monkeypatch):
     """Counted from the files by another script that let groups respond: 6942, 1593, 1231, 223."""
-    dialogues = data.load("meld", REAL / "meld", "train")
+    dialogues = loading.load("meld", REAL / "meld", "train")
 
     def kinds():
-        found = [s.responder.kind for s in data.samples(dialogues, LABELS)]
+        found = [s.responder.kind for s in data.samples(dialogues, MELD)]
         return [found.count(kind) for kind in ("next", "later", "prev", "none")]
 
     assert kinds() == [6904, 1616, 1245, 224]
@@ -103,43 +109,43 @@ def test_responder_kinds_of_the_real_files(monkeypatch):
 
 def test_meld_rows(tmp_path):
     rows = [(3, 5, "Bo", "It\u2019s  on,\u2028 us.", "Joy"), (3, 2, "Ann", "He\x92s ok", "fear"), (0, 0, "Cy", "Hi", "fear")]
-    first, second = data.load("meld", meld(tmp_path, *rows), "train")
+    first, second = loading.load("meld", meld(tmp_path, *rows), "train")
     assert (first.key, second.key) == ("meld/train/3", "meld/train/0")
     assert [(t.id, t.speaker, t.text, t.label) for t in first.turns] == [
         ("2", "Ann", "He’s ok", {"fear": 1.0}),
         ("5", "Bo", "It’s on, us.", {"joy": 1.0}),
     ]
-    assert [s.id for s in data.samples([first], LABELS)] == ["meld/train/3/2", "meld/train/3/5"]
+    assert [s.id for s in data.samples([first], MELD)] == ["meld/train/3/2", "meld/train/3/5"]
 
 
 def test_ids_start_again_in_every_split(tmp_path):
-    for split in data.SPLITS:
+    for split in SPLITS:
         meld(tmp_path, (0, 0, "Ann", "Hi.", "joy"), split=split)
-    keys = {d.key for split in data.SPLITS for d in data.load("meld", tmp_path, split)}
+    keys = {d.key for split in SPLITS for d in loading.load("meld", tmp_path, split)}
     assert keys == {"meld/train/0", "meld/dev/0", "meld/test/0"}
 
 
 def test_emorynlp_rows(tmp_path):
     rows = ["Hi.,['Ann'],Joyful,2,7,1,3,-,-", "Ho!,\"['Ann', 'Bo']\",Mad,2,9,1,3,-,-", "Ah.,['#ALL#'],Sad,2,1,2,3,-,-"]
     write(tmp_path / "emorynlp_dev_final.csv", EMORY_HEAD + "\n".join(rows))
-    first, second = data.load("emorynlp", tmp_path, "dev")
+    first, second = loading.load("emorynlp", tmp_path, "dev")
     assert (first.id, second.id) == ("1_3_2", "2_3_2")
     assert [(t.id, t.speaker) for t in first.turns] == [("7", "Ann"), ("9", "Ann and Bo")]
     assert [t.label for t in first.turns] == [{"joyful": 1.0}, {"mad": 1.0}]
-    assert data.is_group(second.turns[0].speaker)
+    assert is_group(second.turns[0].speaker)
 
 
 def test_jsonl_rows(tmp_path):
     turns = [("Ann", "So\u2028 it is.", {"Joy": 0.65, "fear": 0.35}), ("Bo", "Hm.", None), ("Ann", "Yes.", "anger")]
     jsonl(tmp_path, row("d1", *turns, personas={"Bo": "a calm\nclerk"}), row("d2"))
-    first, second = data.load("mine", tmp_path, "train")
+    first, second = loading.load("mine", tmp_path, "train")
     assert [(t.text, t.label) for t in first.turns] == [
         ("So it is.", {"joy": 0.65, "fear": 0.35}),
         ("Hm.", None),
         ("Yes.", {"anger": 1.0}),
     ]
-    assert data.label_set("mine", tmp_path) == ("anger", "fear", "joy")
-    made = data.samples([first, second], data.label_set("mine", tmp_path))
+    assert loading.label_set("mine", tmp_path) == ("anger", "fear", "joy")
+    made = data.samples([first, second], loading.label_set("mine", tmp_path))
     assert [s.id for s in made] == ["mine/train/d1/0", "mine/train/d1/2", "mine/train/d2/0"]
     assert made[0].gold == {"joy": 0.65, "fear": 0.35}
     assert made[0].responder == Responder("Bo", "a calm clerk", "next")
@@ -149,16 +155,16 @@ def test_jsonl_rows(tmp_path):
 def test_labels_json_fixes_the_label_set_and_its_order(tmp_path):
     jsonl(tmp_path, row("d1", ("Ann", "Hi.", "joy")))
     write(tmp_path / "labels.json", '["Joy", "deep regret"]')
-    assert data.label_set("mine", tmp_path) == ("joy", "deep regret")
+    assert loading.label_set("mine", tmp_path) == ("joy", "deep regret")
     write(tmp_path / "labels.json", '["fear"]')
     with pytest.raises(UserError, match=r"train.jsonl:1: unknown label 'joy', known are fear"):
-        data.load("mine", tmp_path, "train")
+        loading.load("mine", tmp_path, "train")
 
 
 def test_a_bom_is_no_part_of_the_first_column(tmp_path):
     text = "\ufeffUtterance,Speaker,Emotion,Dialogue_ID,Utterance_ID\nHi.,Ann,joy,0,0"
     write(tmp_path / "train_sent_emo.csv", text)
-    assert data.load("meld", tmp_path, "train")[0].turns[0].text == "Hi."
+    assert loading.load("meld", tmp_path, "train")[0].turns[0].text == "Hi."
 
 
 @pytest.mark.parametrize(
@@ -178,7 +184,7 @@ def test_a_bom_is_no_part_of_the_first_column(tmp_path):
 def test_a_bad_row_is_named(tmp_path, line, message):
     write(tmp_path / "dev_sent_emo.csv", MELD_HEAD.encode() + (line if isinstance(line, bytes) else line.encode()))
     with pytest.raises(UserError, match=message) as error:
-        data.load("meld", tmp_path, "dev")
+        loading.load("meld", tmp_path, "dev")
     assert "\n" not in str(error.value) and "dev_sent_emo.csv" in str(error.value)
 
 
@@ -186,15 +192,15 @@ def test_a_bad_row_is_named(tmp_path, line, message):
 def test_a_speaker_cell_is_a_list_of_names(tmp_path, cell):
     write(tmp_path / "emorynlp_dev_final.csv", EMORY_HEAD + f'Hi.,"{cell}",Mad,1,1,1,1,-,-\n')
     with pytest.raises(UserError, match=r"emorynlp_dev_final.csv:2: .*; expected"):
-        data.load("emorynlp", tmp_path, "dev")
+        loading.load("emorynlp", tmp_path, "dev")
 
 
 def test_a_missing_column_and_a_missing_file_are_named(tmp_path):
     meld(tmp_path, (0, 0, "Ann", "Hi.", "joy"), head=MELD_HEAD.replace("Speaker", "Name"))
     with pytest.raises(UserError, match="'Speaker' is missing"):
-        data.load("meld", tmp_path, "train")
+        loading.load("meld", tmp_path, "train")
     with pytest.raises(UserError, match="test_sent_emo.csv: No such file or directory; check NAME=DIR"):
-        data.load("meld", tmp_path, "test")
+        loading.load("meld", tmp_path, "test")
 
 
 @pytest.mark.parametrize(
@@ -224,20 +230,20 @@ def test_a_missing_column_and_a_missing_file_are_named(tmp_path):
 def test_a_bad_line_is_named(tmp_path, line, message):
     write(tmp_path / "train.jsonl", json.dumps(row("d1")) + "\n" + line)
     with pytest.raises(UserError, match=message) as error:
-        data.load("mine", tmp_path, "train")
+        loading.load("mine", tmp_path, "train")
     assert "\n" not in str(error.value)
 
 
 def test_other_mistakes_of_the_caller(tmp_path):
     with pytest.raises(UserError, match="splits are train, dev, test"):
-        data.load("meld", tmp_path, "valid")
+        loading.load("meld", tmp_path, "valid")
     with pytest.raises(UserError, match="names have letters"):
-        data.load("a/b", tmp_path, "train")
+        loading.load("a/b", tmp_path, "train")
     with pytest.raises(UserError, match="Ask for IEMOCAP"):
-        data.load("iemocap", tmp_path, "train")
+        loading.load("iemocap", tmp_path, "train")
     with pytest.raises(UserError, match="--soft_labels: the meld files hold no votes"):
-        data.load("meld", tmp_path, "train", soft_labels=True)
-    assert data.load("mine", jsonl(tmp_path, row()), "train", soft_labels=True)[0].key == "mine/train/d1"
+        loading.load("meld", tmp_path, "train", soft_labels=True)
+    assert loading.load("mine", jsonl(tmp_path, row()), "train", soft_labels=True)[0].key == "mine/train/d1"
 
 
 # Samples
@@ -249,12 +255,12 @@ SINGLE = "Allan,Sandy,Mr. Heckles,Guy #1,Joey/Drake,Anderson,Fireman No. 1,and B
 
 @pytest.mark.parametrize("name", GROUPS.split(","))
 def test_groups(name):
-    assert data.is_group(name)
+    assert is_group(name)
 
 
 @pytest.mark.parametrize("name", SINGLE.split(","))
 def test_no_groups(name):
-    assert not data.is_group(name)
+    assert not is_group(name)
 
 
 @pytest.mark.parametrize(
@@ -274,7 +280,7 @@ def test_no_groups(name):
     ],
 )
 def test_responder(speakers, turn, name, kind):
-    made = data.samples([talk(*speakers.split())], LABELS)[turn]
+    made = data.samples([talk(*speakers.split())], MELD)[turn]
     assert (made.responder.name, made.responder.kind) == (name, kind)
     assert made.following == (made_next(speakers, turn) if kind == "next" else None)
     assert [t.speaker for t in made.context] == speakers.split()[: turn + 1]
@@ -289,7 +295,7 @@ def test_personas_see_the_whole_dialogue_so_dev_and_test_go_without():
     filed = {key: {"Bo": (said,)} for key, said in (("meld/train/7", "a"), ("meld/test/7", "b"), ("meld/test/7/0", "c"))}
 
     def persona(split, **options):
-        return data.samples([talk("Ann", "Bo", split=split)], LABELS, personas=filed, **options)[0].responder.persona
+        return data.samples([talk("Ann", "Bo", split=split)], MELD, personas=filed, **options)[0].responder.persona
 
     assert [persona("train", persona_scope=scope) for scope in ("none", "context", "dialogue")] == ["a", "a", "a"]
     assert [persona("test", persona_scope=scope) for scope in ("none", "context", "dialogue")] == [None, "c", "b"]
@@ -299,9 +305,9 @@ def test_personas_see_the_whole_dialogue_so_dev_and_test_go_without():
 def test_a_character_sheet_serves_every_split_and_comes_first():
     dialogue = talk("Ann", "Bo", split="test", personas={"Bo": "a clerk"})
     filed = {"meld/test/7": {"Bo": ("b",), "Ann": ("d",)}}
-    made = data.samples([dialogue], LABELS, personas=filed, persona_scope="dialogue")
+    made = data.samples([dialogue], MELD, personas=filed, persona_scope="dialogue")
     assert made[0].personas == {"Bo": "a clerk", "Ann": "d"}
-    assert data.samples([dialogue], LABELS)[0].responder.persona == "a clerk"
+    assert data.samples([dialogue], MELD)[0].responder.persona == "a clerk"
 
 
 def test_a_sample_draws_one_expert_for_all_speakers(tmp_path):
@@ -312,9 +318,9 @@ def test_a_sample_draws_one_expert_for_all_speakers(tmp_path):
         for expert in ("two", "one")
         for who in ("Ann", "Bo")
     ]
-    filed = data.read_personas(write(tmp_path / "p.jsonl", "".join(json.dumps(r) + "\n" for r in rows)))
+    filed = loading.read_personas(write(tmp_path / "p.jsonl", "".join(json.dumps(r) + "\n" for r in rows)))
     assert filed == {"meld/train/7": {"Ann": ("Ann by one", "Ann by two"), "Bo": ("Bo by one", "Bo by two")}}
-    made = data.samples([talk(*["Ann", "Bo"] * 8)], LABELS, personas=filed)
+    made = data.samples([talk(*["Ann", "Bo"] * 8)], MELD, personas=filed)
     drawn = [{text.split()[-1] for text in s.personas.values()} for s in made]
     assert all(len(experts) == 1 for experts in drawn)
     assert "".join("".join(experts)[0] for experts in drawn) == "tooototoototooto"
@@ -322,7 +328,7 @@ def test_a_sample_draws_one_expert_for_all_speakers(tmp_path):
 
 def test_gold_from_a_file(tmp_path):
     path = write(tmp_path / "gold.jsonl", '{"id": "meld/train/7/1", "weights": {"Neutral": 0.85, "fear": 0.25}}\n\n')
-    first, second = data.with_gold(data.samples([talk("Ann", "Bo")], LABELS), data.read_gold(path))
+    first, second = data.with_gold(data.samples([talk("Ann", "Bo")], MELD), loading.read_gold(path))
     assert (first.gold, second.gold) == ({"joy": 1.0}, {"neutral": 0.85, "fear": 0.25})
 
 
@@ -335,12 +341,12 @@ def test_gold_from_a_file(tmp_path):
 )
 def test_gold_must_belong_to_a_sample(gold, message):
     with pytest.raises(UserError, match=message):
-        data.with_gold(data.samples([talk("Ann", "Bo")], LABELS), gold)
+        data.with_gold(data.samples([talk("Ann", "Bo")], MELD), gold)
 
 
 def test_gold_twice_for_a_sample_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"gold.jsonl:2: 'a' a second time"):
-        data.read_gold(write(tmp_path / "gold.jsonl", '{"id": "a", "weights": {"joy": 1}}\n' * 2))
+        loading.read_gold(write(tmp_path / "gold.jsonl", '{"id": "a", "weights": {"joy": 1}}\n' * 2))
 
 
 LONG = ("We were on a break, you know!", "How many cups of tea is that?", "The lobster is waiting for you downstairs.")
@@ -360,17 +366,17 @@ def test_overlap_takes_two_long_lines_of_one_dialogue():
         lines("apart", LONG[0], LONG[2]),
         lines("short", "Oh no.", "Oh no.", "We were on a break"),
     ]
-    assert data.overlap(train, test) == {"meld/train/both"}
-    assert [d.id for d in data.drop_overlap(train, test)] == ["one", "twice", "apart", "short"]
-    assert data.overlap(test, train) == {"meld/train/t1"}  # the test dialogues that are not clean
+    assert sharing.overlap(train, test) == {"meld/train/both"}
+    assert [d.id for d in train if d.key not in sharing.overlap(train, test)] == ["one", "twice", "apart", "short"]
+    assert sharing.overlap(test, train) == {"meld/train/t1"}  # the test dialogues that are not clean
 
 
 def test_with_votes():
     """D14: votes where a release has them; the CSV files never do, and alone they are refused."""
-    assert data.with_votes(["meld", "iemocap", "mine"], True) == {"meld": False, "iemocap": True, "mine": True}
-    assert data.with_votes(["meld", "iemocap"], False) == {"meld": False, "iemocap": False}
+    assert loading.with_votes(["meld", "iemocap", "mine"], True) == {"meld": False, "iemocap": True, "mine": True}
+    assert loading.with_votes(["meld", "iemocap"], False) == {"meld": False, "iemocap": False}
     with pytest.raises(UserError, match="--soft_labels: the meld, emorynlp files hold no votes; give --gold FILE"):
-        data.with_votes(["meld", "emorynlp"], True)
+        loading.with_votes(["meld", "emorynlp"], True)
 
 
 # Prompts
@@ -399,7 +405,7 @@ def test_messages():
 
 def test_our_prompt_has_what_the_contract_of_table_5_asks():
     system, user = (m["content"] for m in data.messages(sample(responder=Responder("Ann", "a calm clerk", "prev")), DEFAULT))
-    assert "You are Ann" in system and "a calm clerk" in system and all(label in system for label in LABELS)
+    assert "You are Ann" in system and "a calm clerk" in system and all(label in system for label in MELD)
     assert user.startswith("Ann: Line 0.\nBo: Line 1.\n\n")
     for words in ("<think></think>", "Python dictionary", "'last_emotions'", "'my_emotions'", "'my_output'", "0.1 to 1"):
         assert words in user
@@ -431,8 +437,8 @@ def test_no_reply_and_no_name_forges_a_turn(mark):
     ],
 )
 def test_invisible_characters_go(text, shown):
-    assert data.clean(text) == shown
-    assert data.clean(shown) == shown
+    assert clean(text) == shown
+    assert clean(shown) == shown
 
 
 CONTROLS = ["<|im_end|>", "<|im_\u200bend|>", "<<|im_end|>|im_end|>", "x<think>y", "<|im_start|><|im_end|>"]
@@ -547,7 +553,7 @@ def test_new_sample():
         dataset="meld",
         context=(*parent.context, Turn("Ann", "Made up.", {"fear": 0.5, "joy": 0.25})),
         responder=Responder("Bo", "b", "swap"),
-        labels=LABELS,
+        labels=MELD,
         gold={"fear": 0.5, "joy": 0.25},
         personas={"Ann": "a", "Bo": "b"},
         following=None,
@@ -596,7 +602,7 @@ def targets(**changes):
     """The target of 20 samples that differ in their id: gold joy (the file said sadness) after fear and joy, then anger."""
     context = (Turn("Bo", "So.", {"fear": 1.0}), Turn("Ann", "Oh.", {"joy": 1.0}), Turn("Bo", "Hm.", {"sadness": 1.0}))
     made = sample(context=context, gold={"joy": 1.0}, following=Turn("Ann", "It's\u2028no.", {"anger": 1.0}))
-    parses = [data.parse_output(data.dataset_target(replace(made, id=f"x/{i}", **changes)), LABELS) for i in range(20)]
+    parses = [data.parse_output(coldstart.dataset_target(replace(made, id=f"x/{i}", **changes)), MELD) for i in range(20)]
     assert all(isinstance(parse, Output) for parse in parses)
     return parses
 
@@ -619,11 +625,11 @@ def test_dataset_target_of_soft_gold():
 
 
 def test_no_dataset_target_without_a_labelled_next_turn():
-    assert data.dataset_target(sample()) is None
-    assert data.dataset_target(sample(following=Turn("Ann", "No.", None))) is None
+    assert coldstart.dataset_target(sample()) is None
+    assert coldstart.dataset_target(sample(following=Turn("Ann", "No.", None))) is None
 
 
 def test_records():
     parent = sample(personas={"Bo": "b"}, following=Turn("Ann", "Real.", {"joy": 1.0}))
     for made in (parent, data.new_sample(parent, output(), 3)):
-        assert data.sample_from_record(json.loads(json.dumps(data.sample_record(made)))) == made
+        assert sample_from_record(json.loads(json.dumps(sample_record(made)))) == made

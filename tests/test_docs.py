@@ -8,11 +8,14 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
+import links
 import pytest
 
-import config
+import data
 import selfemo
-from tools import links
+from corpora import loading
+from corpora.dialogue import SPLITS
+from training import config
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = tuple(f"docs/{name}.md" for name in ("data", "expert", "runs", "measuring", "curves", "by-hand", "speed", "smollm2"))
@@ -127,7 +130,7 @@ def test_every_name_of_the_code_exists(document):
 
 def test_the_map_names_enough_for_the_checks_to_mean_something():
     names = set(code_names(text("PAPER.md")))
-    assert {("grpo", "iou"), ("selfemo", "self_emo"), ("config", "Config.clip_eps"), ("world", "World.lam")} <= names
+    assert {("grpo", "iou"), ("selfemo", "self_emo"), ("config", "Config.clip_eps"), ("world", "Task.lam")} <= names
     assert len(names) > 80
 
 
@@ -286,12 +289,12 @@ def test_line_links_are_true():
             last = re.split(r"[.:]+", name)[-1]
             pattern = rf" *((async )?(def|class) {last}\b|{last}\b *[:=,])"
             pattern = rf" *# {re.escape(name)}:" if name.startswith("Eq.") else pattern
-            assert re.match(pattern, there), f"{document}: {name} is not at {path}:{line}; python -m tools.links --write"
+            assert re.match(pattern, there), f"{document}: {name} is not at {path}:{line}; python -m tests.links --write"
     assert seen > 250
 
 
 def test_every_name_that_can_have_a_line_link_has_it():
-    """`python -m tools.links --write` renews all of them."""
+    """`python -m tests.links --write` renews all of them."""
     assert [problem for document in links.DOCUMENTS for problem in links.stale(document)] == []
     for document in ("PAPER.md",):
         bare = [name for name in re.findall(r"(?<!\[)`([^`\n]+)`", text(document)) if links.place(name)]
@@ -410,10 +413,10 @@ def accepted():
         "tools.curves": fields("tools.curves", "Curves"),
         "tools.replay": fields("tools.replay", "Replay"),
         "tools.export": fields("tools.export", "Export"),
-        "tools.links": {"write"},
-        "tools.mutants": fields("tools.mutants", "Mutants"),
-        "tools.fuzz parse": fields("tools.fuzz", "Parse"),
-        "tools.fuzz loaders": fields("tools.fuzz", "Loaders"),
+        "tests.links": {"write"},
+        "tests.mutants": fields("tests.mutants", "Mutants"),
+        "tests.fuzz parse": fields("tests.fuzz", "Parse"),
+        "tests.fuzz loaders": fields("tests.fuzz", "Loaders"),
     }
 
 
@@ -480,16 +483,15 @@ def example(flag):
 
 
 def test_the_formats_of_the_data_page_are_read(tmp_path):
-    import data
 
     dialogue = next(block for block in blocks("docs/data.md") if block.startswith('{"id"'))
-    for split in data.SPLITS:
+    for split in SPLITS:
         (tmp_path / f"{split}.jsonl").write_text(dialogue, encoding="utf-8")
-    samples = data.samples(data.load("mine", tmp_path, "test"), data.label_set("mine", tmp_path))
+    samples = data.samples(loading.load("mine", tmp_path, "test"), loading.label_set("mine", tmp_path))
     assert [s.id for s in samples] == ["mine/test/d1/0", "mine/test/d1/1"]
     assert samples[0].gold == {"sadness": 0.65, "anger": 0.35}
     assert samples[0].responder == data.Responder("Bo", "a worrier who whispers", "next")
-    for flag, read in (("personas", data.read_personas), ("gold", data.read_gold)):
+    for flag, read in (("personas", loading.read_personas), ("gold", loading.read_gold)):
         (tmp_path / flag).write_text(example(flag), encoding="utf-8")
         assert len(read(tmp_path / flag)) == 1
 

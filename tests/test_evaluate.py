@@ -8,29 +8,27 @@ from pathlib import Path
 
 import pytest
 import tiny
-from conftest import lines
+from conftest import lines, status_of
 from endpoint import completion, serving
 from test_iemocap import release
 
 import evaluate
-from data import Failure, Output, Responder, Sample, Turn, UserError
+from analysis.compare import mcnemar, paired_interval, read_baseline
+from analysis.table1 import rendered, spread, summary
+from common.errors import UserError
+from corpora.dialogue import Turn
+from data import Failure, Output, Responder, Sample, heaviest
 from evaluate import (
     accuracy,
     class_scores,
     macro_f1,
     majority,
-    mcnemar,
-    paired_interval,
     parse_lenient,
-    read_baseline,
     report,
     score,
-    summary,
-    task_entropies,
-    top_label,
+    span_entropies,
     weighted_f1,
 )
-from table1 import rendered, spread
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -144,9 +142,9 @@ def test_paired_interval():
 
 
 def test_the_heaviest_entry_counts_and_the_first_of_equals():
-    assert top_label({"joy": 0.2, "anger": 0.7, "fear": 0.5}) == "anger"
-    assert top_label({"joy": 0.5, "anger": 0.5}) == "joy"
-    assert top_label({"anger": 0.5, "joy": 0.5}) == "anger"
+    assert heaviest({"joy": 0.2, "anger": 0.7, "fear": 0.5}) == "anger"
+    assert heaviest({"joy": 0.5, "anger": 0.5}) == "joy"
+    assert heaviest({"anger": 0.5, "joy": 0.5}) == "anger"
 
 
 def test_score_of_four_answers():
@@ -298,14 +296,14 @@ def test_task_entropies_align_characters_with_tokens():
     tokenizer = Letters([b"a", b"b{", b"x}{", b"yz", b'}"q', b'"', b"<end>"])
     entropies = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0]
     spans = {"last_emotions": (4, 7), "my_emotions": (7, 11), "my_output": (11, 14)}
-    means = task_entropies(entropies, range(7), tokenizer, "PP", spans)
+    means = span_entropies(entropies, range(7), tokenizer, "PP", spans)
     assert means == {"recognition": 3.0, "self_emotion": 28 / 3, "response": 24.0}
 
 
 def test_task_entropies_survive_characters_split_over_tokens():
     """An emoji of four bytes, a byte a token, before the part: the half-read ones must not shift it."""
     tokenizer = Letters([bytes([b]) for b in "😀".encode()] + [b"{x", b"}"])
-    means = task_entropies([0, 0, 0, 0, 3.0, 5.0], range(6), tokenizer, "", {"my_emotions": (1, 4)})
+    means = span_entropies([0, 0, 0, 0, 3.0, 5.0], range(6), tokenizer, "", {"my_emotions": (1, 4)})
     assert means == {"self_emotion": 4.0}
 
 
@@ -334,10 +332,9 @@ def command(monkeypatch, capsys, folder, *arguments):
 
 def run(monkeypatch, capsys, *words):
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
-    with pytest.raises(SystemExit) as end:
-        evaluate.main()
+    status = status_of(evaluate.main)
     out, err = capsys.readouterr()
-    return end.value.code, out, [line for line in err.splitlines() if line.startswith("error: ")]
+    return status, out, [line for line in err.splitlines() if line.startswith("error: ")]
 
 
 def test_a_model_of_nans_is_one_line(monkeypatch, capsys, folder):

@@ -17,14 +17,17 @@ from conftest import LABELS as EMOTIONS
 from conftest import lines
 from endpoint import completion, model_answer, serving
 
-import asking
-import config
 import data
-import expert
 import selfemo
-from asking import Reply, Settings, Unanswered
-from data import Dialogue, Failure, Responder, Sample, Turn, UserError
-from world import open_world
+from common.draws import stable_hash
+from common.errors import UserError
+from corpora import loading
+from corpora.dialogue import SPLITS, Dialogue, Turn
+from data import Failure, Responder, Sample
+from experts import __main__, answers, asking, contracts
+from experts.asking import Reply, Settings, Unanswered
+from training import config
+from training.task import open_task
 
 ROOT = Path(__file__).parent.parent
 FAST = Settings(temperature=0.0, max_new_tokens=50, retries=2, timeout=5.0)
@@ -179,7 +182,7 @@ def test_an_answer_of_10_mb_is_too_long_and_little_of_it_is_kept(tmp_path):
     with serving(lambda body, number: completion("x" * 10_000_000)) as server, asking.open_cache(tmp_path / "c") as cache:
         (said,) = asking.ask(endpoint(server.url), [CHAT], FAST, cache)
     assert (tmp_path / "c").stat().st_size < 70_000
-    assert expert.parse_personas(said, ["Ann"]).reason == "too_long"
+    assert contracts.parse_personas(said, ["Ann"]).reason == "too_long"
     assert data.parse_output(said.text, EMOTIONS).reason == "too_long"
 
 
@@ -251,7 +254,7 @@ def test_without_the_openai_package_a_url_is_a_users_mistake(monkeypatch):
 
 def test_an_endpoint_and_a_local_folder_say_the_same(place, tmp_path):
     """The same tiny model behind real HTTP and through rollout.generate, greedy, on the prompts of the tiny world."""
-    w = open_world(config.parse(place.argv(tmp_path / "unused")))
+    w = open_task(config.parse(place.argv(tmp_path / "unused")))
     asked_for = [data.messages(s, w.prompts) for s in w.originals[:6]]
     (local,) = asking.open_experts([str(place.root / "base")])
     found = {}
@@ -349,7 +352,7 @@ def write_talks(root, n=12):
         {"speaker": "Bo", "text": "He lied to us again!", "label": "anger"},
         {"speaker": "All", "text": "What a lovely day.", "label": "joy"},
     ]
-    for split in data.SPLITS:
+    for split in SPLITS:
         rows = [{"id": f"d{i}", "turns": [{**t, "text": f"{t['text']} {i}"} for t in turns]} for i in range(n)]
         (root / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (root / "labels.json").write_text(json.dumps(EMOTIONS))
@@ -367,11 +370,11 @@ def describer(body, number):
 
 
 def command(*argv):
-    """(exit status, stdout, stderr) of expert.py."""
+    """(exit status, stdout, stderr) of `python -m experts`."""
     said, complained = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(complained), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["expert.py", *map(str, argv)])
-        status = expert.main()
+        patch.setattr(sys, "argv", ["experts", *map(str, argv)])
+        status = __main__.main()
     return status, said.getvalue(), complained.getvalue()
 
 
@@ -421,8 +424,8 @@ def said(text, finished=True):
 
 
 def test_personas_are_read():
-    found = expert.parse_personas(said(GOOD), ["Bo", "Ann"])
-    assert found == expert.Portrait(
+    found = contracts.parse_personas(said(GOOD), ["Bo", "Ann"])
+    assert found == contracts.Portrait(
         {"Bo": "Quick to feel cheated, and loud about it.", "Ann": "A winner who shares her joy at once."},
         "Joy meets distrust.",
     )
@@ -452,43 +455,43 @@ def test_personas_are_read():
 )
 def test_personas_that_break_the_contract(old, new, reason):
     assert old in GOOD
-    assert expert.parse_personas(said(GOOD.replace(old, new, 1)), ["Ann", "Bo"]).reason == reason
+    assert contracts.parse_personas(said(GOOD.replace(old, new, 1)), ["Ann", "Bo"]).reason == reason
 
 
 def test_personas_that_are_no_answer_or_cut_off():
-    assert expert.parse_personas(said(GOOD, finished=False), ["Ann", "Bo"]).reason == "unfinished"
-    assert expert.parse_personas(Unanswered("HTTP 500"), ["Ann", "Bo"]) == Failure("unanswered", "HTTP 500")
-    assert expert.parse_personas(said(GOOD), ["Ann"]).reason == "names"
+    assert contracts.parse_personas(said(GOOD, finished=False), ["Ann", "Bo"]).reason == "unfinished"
+    assert contracts.parse_personas(Unanswered("HTTP 500"), ["Ann", "Bo"]) == Failure("unanswered", "HTTP 500")
+    assert contracts.parse_personas(said(GOOD), ["Ann"]).reason == "names"
 
 
 def test_no_text_makes_the_reading_raise():
     odd = [GOOD[:i] + "```" for i in range(len(GOOD))] + [GOOD[i:] for i in range(len(GOOD))]
     odd += ["```" * 20_000, "```\n" + "{" * 60_000 + "```", '```\n{"\ud800": "\\ud800 a b"}\n```', "", "\x00", "``` ``` ```"]
     for text in odd:
-        assert isinstance(expert.parse_personas(said(text), ["Ann"]), Failure)
-        assert isinstance(expert.parse_gold(said(text), EMOTIONS, "joy"), Failure)
+        assert isinstance(contracts.parse_personas(said(text), ["Ann"]), Failure)
+        assert isinstance(contracts.parse_gold(said(text), EMOTIONS, "joy"), Failure)
 
 
 def test_the_persona_prompt_names_each_speaker_once_and_no_group_and_shows_every_line():
     said_by = (("Ann", "Hi."), ("All", "Hello!"), ("Ann", "Bye."), ('Bo "B"', "<|end|>Oh."), ("Cy<|end|>", "Ah."))
     turns = [Turn(*spoken) for spoken in said_by]
-    system, user = (m["content"] for m in expert.persona_chat(turns, ["<|end|>"]))
+    system, user = (m["content"] for m in contracts.persona_chat(turns, ["<|end|>"]))
     assert "Ann: Hi.\nAll: Hello!\nAnn: Bye.\n" in user and "<|end|>" not in user
-    shape = data.parse_strings(user.rpartition("```python")[2].rpartition("```")[0])
+    shape = contracts.parse_strings(user.rpartition("```python")[2].rpartition("```")[0])
     assert shape == {"Ann": "...", 'Bo "B"': "...", "Cy< |end|>": "...", "Theme": "..."}
     for asked_for in ("temperament", "age", "gender", "schooling", "manner of speaking", "mood"):
         assert asked_for in user
 
 
 def test_an_echo_of_the_prompt_is_no_answer():
-    user = expert.persona_chat([Turn("Ann", "Hi."), Turn("Bo", "Oh.")])[1]["content"]
-    assert expert.parse_personas(said(user), ["Ann", "Bo"]).reason == "sentence"
+    user = contracts.persona_chat([Turn("Ann", "Hi."), Turn("Bo", "Oh.")])[1]["content"]
+    assert contracts.parse_personas(said(user), ["Ann", "Bo"]).reason == "sentence"
 
 
 def test_a_speaker_may_be_called_theme():
-    names = expert.speakers([Turn("Theme", "Hi.")])
+    names = contracts.speakers([Turn("Theme", "Hi.")])
     text = '```\n{"Theme": "A greeter in good spirits.", "Theme of all": "Greetings."}\n```'
-    assert expert.parse_personas(said(text), names).personas == {"Theme": "A greeter in good spirits."}
+    assert contracts.parse_personas(said(text), names).personas == {"Theme": "A greeter in good spirits."}
 
 
 def test_personas_of_train_dialogues_in_the_format_that_a_run_reads(tmp_path):
@@ -512,7 +515,7 @@ def test_personas_of_train_dialogues_in_the_format_that_a_run_reads(tmp_path):
     assert [(x["dialogue"], x["expert"], x["reason"]) for x in lines(tmp_path / "p.jsonl.failed")] == [
         ("tiny/train/d1", "m", "names"), ("tiny/train/d1", "n", "names"),
     ]  # fmt: skip
-    filed = data.read_personas(out)
+    filed = loading.read_personas(out)
     assert set(filed) == {"tiny/train/d0", "tiny/train/d2"}
     assert filed["tiny/train/d0"] == {name: (f"{name} is a person of few words",) * 2 for name in ("Ann", "Bo")}
 
@@ -527,11 +530,11 @@ def test_d28_personas_from_the_context_alone_serve_dev_and_test(place, tmp_path)
         assert command("personas", "--data", f"tiny={tmp_path / 'world'}", *flags)[0] == 0
     prompts = [seen["messages"][1]["content"] for seen in server.seen]
     assert sum("lovely day" not in prompt for prompt in prompts) == 4  # dev and test are equal, so each is asked once
-    filed = data.read_personas(out)
+    filed = loading.read_personas(out)
     assert set(filed["tiny/dev/d0/0"]) == {"Ann"} and set(filed["tiny/dev/d0/1"]) == {"Ann", "Bo"}
     assert "tiny/dev/d0" not in filed and "tiny/train/d0" in filed
     flags = ("--data", f"tiny={tmp_path / 'world'}", "--personas", out, "--persona_scope", "context", "--eval_limit", 0)
-    w = open_world(config.parse(place.argv(tmp_path / "run", *flags)))
+    w = open_task(config.parse(place.argv(tmp_path / "run", *flags)))
     shown = {s.id: (s.responder.name, s.responder.persona) for s in (*w.originals, *w.dev)}
     assert shown["tiny/dev/d0/0"] == ("Bo", None)
     assert shown["tiny/dev/d0/1"] == ("Ann", "Ann is a person of few words")
@@ -541,19 +544,19 @@ def test_d28_personas_from_the_context_alone_serve_dev_and_test(place, tmp_path)
 def test_personas_of_whole_dev_and_test_dialogues_only_when_asked_for(tmp_path):
     write_talks(tmp_path / "world", 2)
     base = {"data": (f"tiny={tmp_path / 'world'}",), "expert": ("x",), "out": tmp_path / "p"}
-    keys = {scope: [k for k, _ in expert.person_questions(expert.PersonasCommand(**base, scope=scope))] for scope in (
+    keys = {scope: [k for k, _ in __main__.person_questions(__main__.PersonasCommand(**base, scope=scope))] for scope in (
         "none", "context", "dialogue",
     )}  # fmt: skip
     assert keys["none"] == ["tiny/train/d0", "tiny/train/d1"]
-    assert keys["dialogue"] == [f"tiny/{split}/d{i}" for split in data.SPLITS for i in (0, 1)]
+    assert keys["dialogue"] == [f"tiny/{split}/d{i}" for split in SPLITS for i in (0, 1)]
     assert len(keys["context"]) == 2 + 2 * 6 and "tiny/dev/d0/2" in keys["context"]
 
 
 def test_a_run_without_personas_says_so_once(place, tmp_path, capsys):
     write_talks(tmp_path / "world", 2)
-    open_world(config.parse(place.argv(tmp_path / "run", "--data", f"tiny={tmp_path / 'world'}")))
+    open_task(config.parse(place.argv(tmp_path / "run", "--data", f"tiny={tmp_path / 'world'}")))
     assert capsys.readouterr().out.count("no personas given") == 1
-    open_world(config.parse(place.argv(tmp_path / "run")))  # these dialogues have character sheets
+    open_task(config.parse(place.argv(tmp_path / "run")))  # these dialogues have character sheets
     assert "no personas" not in capsys.readouterr().out
 
 
@@ -598,13 +601,13 @@ def test_settings_that_cannot_be(tmp_path, flag, value):
     ],
 )
 def test_gold_around_the_label_of_the_dataset(inside, found):
-    read = expert.parse_gold(said(f"It shows.\n```python\n{inside}\n```"), EMOTIONS, "joy")
+    read = contracts.parse_gold(said(f"It shows.\n```python\n{inside}\n```"), EMOTIONS, "joy")
     assert (read.reason if isinstance(read, Failure) else read) == found
 
 
 def test_at_most_three_labels():
     four = '```\n{"a": 0.9, "b": 0.2, "c": 0.2, "d": 0.2}\n```'
-    assert isinstance(expert.parse_gold(said(four), ("a", "b", "c", "d"), "a"), Failure)
+    assert isinstance(contracts.parse_gold(said(four), ("a", "b", "c", "d"), "a"), Failure)
 
 
 def test_gold_is_written_in_the_format_that_a_run_reads_and_invalid_rows_keep_the_label(place, tmp_path):
@@ -622,7 +625,7 @@ def test_gold_is_written_in_the_format_that_a_run_reads_and_invalid_rows_keep_th
         status, told, _ = command("gold", "--data", f"tiny={tmp_path / 'world'}", *flags)
     assert status == 0 and "4 of 6 answers valid" in told and "invalid: own_label 2" in told
     assert lines(out)[0] == {"id": "tiny/train/d0/0", "weights": {"joy": 0.8, "neutral": 0.3}}
-    w = open_world(config.parse(place.argv(tmp_path / "run", "--data", f"tiny={tmp_path / 'world'}", "--gold", out)))
+    w = open_task(config.parse(place.argv(tmp_path / "run", "--data", f"tiny={tmp_path / 'world'}", "--gold", out)))
     gold = {s.id: s.gold for s in w.originals}
     assert gold["tiny/train/d1/2"] == {"joy": 0.8, "neutral": 0.3} and gold["tiny/train/d1/1"] == {"anger": 1.0}
 
@@ -630,15 +633,15 @@ def test_gold_is_written_in_the_format_that_a_run_reads_and_invalid_rows_keep_th
 def test_gold_that_is_soft_already_needs_no_expert(place):
     """The tiny world has votes in two minds at turn 2 of most dialogues."""
     base = {"data": (f"tiny={place.root / 'world'}",), "expert": ("x",), "out": Path("g")}
-    questions = expert.gold_questions(expert.GoldCommand(**base))
+    questions = __main__.gold_questions(__main__.GoldCommand(**base))
     assert 16 <= len(questions) < 24 and all(len(s.gold) == 1 for s in questions)
-    assert len(expert.gold_questions(expert.GoldCommand(**base, limit=5))) == 5
+    assert len(__main__.gold_questions(__main__.GoldCommand(**base, limit=5))) == 5
 
 
 def test_the_gold_prompt_ends_with_the_line_and_names_label_and_set():
     turns = (Turn("Ann", "Hi."), Turn("Bo", "I won."))
     sample = Sample("a", "tiny", turns, Responder("Ann", None, "prev"), EMOTIONS, {"joy": 1.0})
-    user = expert.gold_chat(sample)[1]["content"]
+    user = contracts.gold_chat(sample)[1]["content"]
     assert user.startswith("Ann: Hi.\nBo: I won.\n\n") and "'joy'" in user and "joy, anger, neutral" in user
 
 
@@ -650,7 +653,7 @@ def expert_flags(*places, models=()):
 
 
 def cold_world(place, out, *more):
-    return open_world(config.parse([*place.argv(out, "--cold_start", "expert"), *more]))
+    return open_task(config.parse([*place.argv(out, "--cold_start", "expert"), *more]))
 
 
 def test_d17_the_expert_answers_the_training_prompts_and_resume_pays_nothing_twice(place, tmp_path, capsys):
@@ -708,7 +711,7 @@ VALID = data.format_output("Ann feels joy.", {"joy": 1.0}, {"anger": 0.8}, "The 
 def test_an_experts_text_becomes_tokens_of_the_policy(place, tmp_path):
     w = cold_world(place, tmp_path / "run", *expert_flags(place.root / "base"))
     s = w.originals[0]
-    ids = expert.taught_ids(w, s, said(VALID))
+    ids = answers.taught_ids(w, s, said(VALID))
     assert ids[-1] == min(w.eos) and data.answer_text(w.tokenizer, ids, w.eos, "") == VALID
     wanted = {
         "unfinished": said(VALID, finished=False),
@@ -717,9 +720,9 @@ def test_an_experts_text_becomes_tokens_of_the_policy(place, tmp_path):
         "think": said(VALID.replace("<think>", "")),
         "too_long": said(VALID.replace("joy", "joy " * 30, 1)),
     }
-    assert {name: expert.taught_ids(w, s, reply).reason for name, reply in wanted.items()} == {name: name for name in wanted}
+    assert {name: answers.taught_ids(w, s, reply).reason for name, reply in wanted.items()} == {name: name for name in wanted}
     for forged in ("<|im_start|>", "<|im_end|>"):
-        assert expert.taught_ids(w, s, said(VALID.replace("feels", forged, 1))).reason == "control"
+        assert answers.taught_ids(w, s, said(VALID.replace("feels", forged, 1))).reason == "control"
 
 
 def test_where_the_template_opens_the_think_block_the_answer_begins_inside(place, tmp_path):
@@ -727,7 +730,7 @@ def test_where_the_template_opens_the_think_block_the_answer_begins_inside(place
     w.tokenizer.chat_template = w.tokenizer.chat_template.replace("assistant\n", "assistant\n<think>")
     s = w.originals[0]
     assert w.encode(s)[1] == "<think>"
-    ids = expert.taught_ids(w, s, said(VALID))
+    ids = answers.taught_ids(w, s, said(VALID))
     assert data.answer_text(w.tokenizer, ids, w.eos, "") == VALID.removeprefix("<think>")
 
 
@@ -738,7 +741,7 @@ def test_several_experts_share_the_samples_by_hash(tmp_path):
         endpoint(server.url)
         replies = asking.ask_drawn(two, ids, lambda i, control: chats(40)[i], FAST, cache)
     drawn = [x.text for x in replies]
-    assert drawn == ["mn"[data.stable_hash(x) % 2] for x in ids]
+    assert drawn == ["mn"[stable_hash(x) % 2] for x in ids]
     assert 10 < drawn.count("m") < 30 and len(server.seen) == 40
 
 
@@ -748,5 +751,5 @@ def test_dialogues_without_anybody_to_describe_are_not_asked_about(tmp_path):
     with (tmp_path / "world/train.jsonl").open("a") as file:
         file.write(json.dumps(row) + "\n")
     base = {"data": (f"tiny={tmp_path / 'world'}",), "expert": ("x",), "out": tmp_path / "p"}
-    assert [k for k, _ in expert.person_questions(expert.PersonasCommand(**base))] == ["tiny/train/d0"]
+    assert [k for k, _ in __main__.person_questions(__main__.PersonasCommand(**base))] == ["tiny/train/d0"]
     assert Dialogue("crowd", "tiny", "train", (Turn("All", "Hey!"),)).key == "tiny/train/crowd"

@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from data import UserError
-from runs import newest_checkpoint
-from sums import check_model
+from common.errors import UserError
+from common.hub import check_model
 from tools.export import export_checkpoint
+from training.folder import newest_checkpoint
 
 
 def weights_of(folder):

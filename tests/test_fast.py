@@ -8,12 +8,11 @@ from test_rollout import KEYS, PROMPTS, SETTINGS, TOKEN, assert_same
 from tiny import tiny
 from torch import nn
 
-import cache
-import fast
-from data import UserError
-from fast import RecordedSteps, can_pack, cuda_graph, filled, packed_weights
+from common.errors import UserError
+from engine import cache, fast
+from engine.fast import RecordedSteps, can_pack, cuda_graph, filled, packed_weights
+from engine.fsdp import compile_blocks
 from model import Group, Policy
-from ranks import compile_blocks
 from rollout import generate, generate_naive
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -5,14 +5,16 @@ import os
 import random
 import time
 
+import fuzz
 import pytest
+from fuzz import GOOD, LABELS, THINK, TOKENS, broken, cases, check, expected, try_case
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import data
-from data import UserError, format_output
-from tools import fuzz
-from tools.fuzz import GOOD, LABELS, THINK, TOKENS, broken, cases, check, expected, try_case
+from common.errors import UserError
+from corpora import loading
+from data import format_output
 
 MORE = int(os.environ.get("FUZZ", "1"))  # FUZZ=100: a hundred times as many
 SETTINGS = settings(deadline=None, max_examples=200 * MORE, suppress_health_check=list(HealthCheck))
@@ -166,7 +168,7 @@ def test_the_files_are_read_and_both_readings_agree(tmp_path, name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_broken_file_is_refused_or_read_as_it_is(tmp_path, name):
-    """100 files, each broken in one to three ways; `python -m tools.fuzz loaders` tries as many as you like."""
+    """100 files, each broken in one to three ways; `python -m tests.fuzz loaders` tries as many as you like."""
     outcomes = [try_case(CASES[name], tmp_path, random.Random(f"{name}/{i}")) for i in range(100 * MORE)]
     assert {"read", "refused"} == set(outcomes)
 
@@ -240,7 +242,7 @@ def test_a_personas_line_break_is_gone_when_it_is_read(tmp_path):
     """It used to stay until the responder was made."""
     (tmp_path / "labels.json").write_text(CASES["own"].files["labels.json"])
     (tmp_path / "train.jsonl").write_text(TRAIN.replace("a worrier", "\\u2028a\\nworrier"))
-    assert data.load("own", tmp_path, "train")[0].personas == {"Bo": "a worrier"}
+    assert loading.load("own", tmp_path, "train")[0].personas == {"Bo": "a worrier"}
 
 
 TALK = "Session1/dialog/{}/Ses01F_impro99.txt"
@@ -269,4 +271,4 @@ def test_an_empty_file_of_iemocap_is_named(tmp_path, empty):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text("" if path in map(TALK.format, empty) else text, encoding="utf-8")
     with pytest.raises(UserError, match=rf"{empty[0]}/Ses01F_impro99.txt: not one turn in it; unpack the release again"):
-        data.load("iemocap", tmp_path, "train")
+        loading.load("iemocap", tmp_path, "train")

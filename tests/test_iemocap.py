@@ -6,8 +6,9 @@ import re
 import pytest
 
 import data
-import iemocap
-from data import Turn, UserError
+from common.errors import UserError
+from corpora import iemocap, loading
+from corpora.dialogue import LABELS, SPLITS, Turn
 
 HAPPY, SAD = "Happiness", "Sadness"
 XXX = {"code": "xxx"}
@@ -89,7 +90,7 @@ def root(tmp_path):
 
 
 def one(root, name="Ses01F_impro99", split="train", **options):
-    return next(d for d in data.load("iemocap", root, split, **options) if d.id == name)
+    return next(d for d in loading.load("iemocap", root, split, **options) if d.id == name)
 
 
 def test_turns_stand_in_the_order_of_the_transcription_and_ratings_are_joined_by_id(root):
@@ -102,7 +103,7 @@ def test_turns_stand_in_the_order_of_the_transcription_and_ratings_are_joined_by
         Turn("Ses01_F", "At once.", {"sad": 1.0}, "F002"),
         Turn("Ses01_M", "Good.", {"angry": 1.0}, "M002"),
     )
-    assert [s.id for s in data.samples([found], data.LABELS["iemocap"])][:2] == [
+    assert [s.id for s in data.samples([found], LABELS["iemocap"])][:2] == [
         "iemocap/train/Ses01F_impro99/M000",
         "iemocap/train/Ses01F_impro99/F000",
     ]
@@ -113,7 +114,7 @@ def test_context_all_keeps_turns_without_a_class_and_without_a_rating(root):
     found = one(root, context="all")
     assert [t.id for t in found.turns] == ["M000", "F000", "MXX0", "M001", "F001", "F002", "M002"]
     assert [t.label is None for t in found.turns] == [False, False, True, True, False, False, False]
-    made = data.samples([found], data.LABELS["iemocap"])
+    made = data.samples([found], LABELS["iemocap"])
     assert [s.id.rpartition("/")[2] for s in made] == ["M000", "F000", "F001", "F002", "M002"]
     assert [len(s.context) for s in made] == [1, 2, 5, 6, 7]
     assert made[2].context[3].text == "And she hung’s up?"
@@ -164,21 +165,21 @@ def test_the_other_actors_line_promotes_nobody(root):
 
 def test_splits_and_odd_names_of_dialogues(root):
     """Session 5 is test, twelve named dialogues of sessions 1 to 4 are dev; names may end in a letter."""
-    found = {split: [d.id for d in data.load("iemocap", root, split)] for split in data.SPLITS}
+    found = {split: [d.id for d in loading.load("iemocap", root, split)] for split in SPLITS}
     assert found == {
         "train": ["Ses01F_impro99", "Ses02M_impro08b", "Ses03M_impro05a", "Ses04F_script02_2"],
         "dev": ["Ses01M_impro01"],
         "test": ["Ses05M_script01_1b"],
     }
     assert len(set(iemocap.DEV)) == 12
-    assert [t.speaker for t in data.load("iemocap", root, "test")[0].turns] == ["Ses05_F", "Ses05_M", "Ses05_F", "Ses05_M"]
-    labels = [next(iter(t.label)) for d in data.load("iemocap", root, "test") for t in d.turns]
+    assert [t.speaker for t in loading.load("iemocap", root, "test")[0].turns] == ["Ses05_F", "Ses05_M", "Ses05_F", "Ses05_M"]
+    labels = [next(iter(t.label)) for d in loading.load("iemocap", root, "test") for t in d.turns]
     assert labels == ["happy", "sad", "neutral", "angry"]
-    assert data.label_set("iemocap", root) == ("happy", "sad", "neutral", "angry", "excited", "frustrated")
+    assert loading.label_set("iemocap", root) == ("happy", "sad", "neutral", "angry", "excited", "frustrated")
 
 
 def test_files_of_other_systems_and_of_single_annotators_are_passed_over(root):
-    expected = data.load("iemocap", root, "train")
+    expected = loading.load("iemocap", root, "train")
     for part in ("transcriptions", "EmoEvaluation"):
         folder = root / "Session1/dialog" / part
         (folder / "._Ses01F_impro99.txt").write_bytes(b"\x00\x05\x16\x07")
@@ -188,12 +189,12 @@ def test_files_of_other_systems_and_of_single_annotators_are_passed_over(root):
     for sub in ("Attribute", "Categorical", "Self-evaluation"):
         (root / "Session1/dialog/EmoEvaluation" / sub).mkdir()
         (root / f"Session1/dialog/EmoEvaluation/{sub}/Ses01F_impro99_e1.txt").write_text("Ses01F_impro99_F000 :Sadness; ()")
-    assert data.load("iemocap", root, "train") == expected
+    assert loading.load("iemocap", root, "train") == expected
 
 
 def test_the_folder_around_the_release_will_do(root):
     (root.parent / "another").mkdir()
-    assert data.load("iemocap", root.parent, "test") == data.load("iemocap", root, "test")
+    assert loading.load("iemocap", root.parent, "test") == loading.load("iemocap", root, "test")
 
 
 @pytest.mark.parametrize("eol", ["\r\n", "\n"])
@@ -226,7 +227,7 @@ def spoil(root, part, name, old, new):
 def test_a_broken_file_is_named(root, part, old, new, message):
     spoil(root, part, "Ses02M_impro08b", old, new)
     with pytest.raises(UserError, match=message) as error:
-        data.load("iemocap", root, "train")
+        loading.load("iemocap", root, "train")
     assert "\n" not in str(error.value) and str(error.value).endswith("unpack the release again")
 
 
@@ -234,7 +235,7 @@ def test_a_turn_rated_twice_is_named(root):
     name = "Ses02M_impro08b"
     add(root, name, [said(f"{name}_F000", "Hm.")], [block(f"{name}_F000")] * 2)
     with pytest.raises(UserError, match=r"EmoEvaluation/Ses02M_impro08b.txt:\d+: F000 a second time"):
-        data.load("iemocap", root, "train")
+        loading.load("iemocap", root, "train")
 
 
 @pytest.mark.parametrize("part", ["transcriptions", "EmoEvaluation"])
@@ -243,24 +244,24 @@ def test_a_missing_file_is_named(root, part):
     path.unlink()
     short(root, "Ses02F_impro01", "neu")
     with pytest.raises(UserError, match=rf"{re.escape(str(path))}: No such file or directory; unpack"):
-        data.load("iemocap", root, "train")
+        loading.load("iemocap", root, "train")
 
 
 def test_a_missing_session_is_one_line_that_says_where_to_get_it(root, tmp_path):
     (root / "Session3").rename(tmp_path / "elsewhere")
     for folder in (root, root.parent, root / "Session1", tmp_path / "nowhere", root / "Session1/dialog/nowhere"):
         with pytest.raises(UserError, match="Ask for IEMOCAP at https://sail.usc.edu/iemocap/") as error:
-            data.load("iemocap", folder, "test")
+            loading.load("iemocap", folder, "test")
         assert "\n" not in str(error.value)
     with pytest.raises(UserError, match=r"IEMOCAP_full_release: Session3/dialog/transcriptions, Session3/\S+ is not"):
-        data.load("iemocap", root.parent, "test")
+        loading.load("iemocap", root.parent, "test")
 
 
 def test_an_empty_session_is_named(root):
     for path in root.glob("Session3/dialog/*/*.txt"):
         path.unlink()
     with pytest.raises(UserError, match=r"Session3/dialog/transcriptions: no file such as Ses03F_impro01.txt"):
-        data.load("iemocap", root, "test")
+        loading.load("iemocap", root, "test")
 
 
 def test_fingerprint(root):
@@ -268,9 +269,9 @@ def test_fingerprint(root):
     text = (
         "Ses01F_impro99 5\nSes01M_impro01 2\nSes02M_impro08b 1\nSes03M_impro05a 1\nSes04F_script02_2 1\nSes05M_script01_1b 4"
     )
-    everything = [d for split in ("test", "train", "dev") for d in data.load("iemocap", root, split)]
+    everything = [d for split in ("test", "train", "dev") for d in loading.load("iemocap", root, split)]
     assert iemocap.fingerprint(everything) == hashlib.sha256(text.encode()).hexdigest()
-    everything = [d for split in data.SPLITS for d in data.load("iemocap", root, split, context="all", soft_labels=True)]
+    everything = [d for split in SPLITS for d in loading.load("iemocap", root, split, context="all", soft_labels=True)]
     assert iemocap.fingerprint(everything) == hashlib.sha256(text.encode()).hexdigest()
 
 

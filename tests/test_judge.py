@@ -6,16 +6,17 @@ import re
 import sys
 
 import pytest
-from conftest import lines
+from conftest import lines, status_of
 from endpoint import completion, serving
 
 import evaluate
-import judge
-import pairing
-from asking import Reply, Unanswered, ask
-from data import Failure, Output, Responder, Sample, Turn, UserError
-from judge import QUESTIONS, interval, judge_chat, outcome, parse_verdict, sign_test, tally, trials
-from pairing import Pair, Said, paired, span
+from analysis import judge, pairing
+from analysis.judge import QUESTIONS, interval, judge_chat, outcome, parse_verdict, sign_test, tally, trials
+from analysis.pairing import Pair, Said, paired, span
+from common.errors import UserError
+from corpora.dialogue import Turn
+from data import Failure, Output, Responder, Sample
+from experts.asking import Endpoint, Reply, Settings, Unanswered, ask
 
 
 @pytest.fixture(autouse=True)
@@ -198,7 +199,6 @@ def fickle(body, number):
 
 def judged(answer, found):
     pytest.importorskip("openai")
-    from asking import Endpoint, Settings
 
     with serving(answer) as server:
         cache = type("Cache", (), {"known": {}, "add": lambda self, key, expert, reply: self.known.update({key: reply})})()
@@ -263,10 +263,9 @@ def test_the_table_counts_matches_apart():
 
 def command(monkeypatch, capsys, *words):
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "judge", *map(str, words)])
-    with pytest.raises(SystemExit) as end:
-        evaluate.main()
+    status = status_of(evaluate.main)
     out, err = capsys.readouterr()
-    return end.value.code, out, [line for line in err.splitlines() if line.startswith("error: ")]
+    return status, out, [line for line in err.splitlines() if line.startswith("error: ")]
 
 
 def test_a_run_is_judged_by_two_judges_once(monkeypatch, capsys, finished, tmp_path):

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-import metrics
-from data import Responder, Sample, Turn
+from corpora.dialogue import Turn
+from data import Responder, Sample
+from training import metrics
 
 
 def answer(reward, consistency, tokens, parse, finished=True):

@@ -13,8 +13,9 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import model
-from data import UserError
-from model import ATTENTION, Group, Policy, attention, eos_ids, load_tokenizer, pad, score_tokens
+from common.errors import UserError
+from common.hub import eos_ids, load_tokenizer
+from model import ATTENTION, Group, Policy, attention, pad, score_tokens
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 KINDS = pytest.mark.parametrize("kind", ["qwen3", "llama"])

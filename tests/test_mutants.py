@@ -1,6 +1,6 @@
 """The list of mistakes fits the code, and the tool tells a mistake that is noticed from one that is not.
 
-The mistakes themselves are tried by `python -m tools.mutants`, in minutes; here they are only made.
+The mistakes themselves are tried by `python -m tests.mutants`, in minutes; here they are only made.
 """
 
 import ast
@@ -11,12 +11,11 @@ import sys
 from functools import cache
 from pathlib import Path
 
+import mutants
 import pytest
 
-from tools import mutants
-
 ROOT = Path(__file__).resolve().parent.parent
-ROWS = mutants.read(ROOT / "tools/mutants.toml")[1]
+ROWS = mutants.read(ROOT / "tests/mutants.toml")[1]
 
 
 @cache
@@ -105,12 +104,12 @@ def project(tmp_path):
         f'[[mutant]]\nfile = "data.py"\nmistake = "{name}"\nold = {old}\nnew = {new}\ntests = ["{test}"]\n'
         for name, (old, new, test) in ((name, (*map(json.dumps, row[:2]), row[2])) for name, row in MISTAKES.items())
     ]
-    (tmp_path / "tools/mutants.toml").write_text("preload = []\n" + "".join(rows))
+    (tmp_path / "tests/mutants.toml").write_text("preload = []\n" + "".join(rows))
     return tmp_path
 
 
 def run(project, *words):
-    command = [sys.executable, "-m", "tools.mutants", "--file", str(project / "tools/mutants.toml"), *words]
+    command = [sys.executable, "-m", "tests.mutants", "--file", str(project / "tests/mutants.toml"), *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     return done.returncode, done.stdout, done.stderr
 

@@ -8,6 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import data
+from common.text import clean
 from data import Failure, Output, format_output, parse_output
 
 LABELS = ("neutral", "surprise", "fear", "sadness", "joy", "disgust", "anger")
@@ -229,7 +230,7 @@ def test_any_text_gives_an_output_or_a_named_failure(text, thinking):
     assert isinstance(parse, Output) or parse.reason in REASONS.split()
 
 
-PLAIN = st.text(st.characters(exclude_categories=["Cs"])).filter(data.clean)
+PLAIN = st.text(st.characters(exclude_categories=["Cs"])).filter(clean)
 LAST = st.dictionaries(st.sampled_from(LABELS), st.floats(0.1, 1), min_size=1, max_size=3)
 MINE = st.dictionaries(
     PLAIN.map(str.lower).filter(lambda name: name == name.lower()), st.floats(0.1, 1), min_size=1, max_size=3

@@ -8,11 +8,11 @@ from conftest import call
 from tiny import tiny
 from transformers import LlamaConfig
 
-import plan
-from config import PRESETS
-from data import UserError
+from common.errors import UserError
 from model import Group, Policy
-from plan import Place, estimate, kept_bytes, place_of, sizes_of
+from training import plan
+from training.config import PRESETS
+from training.plan import Place, estimate, kept_bytes, place_of, sizes_of
 
 PAPER = replace(PRESETS["paper"], max_prompt_tokens=64, max_new_tokens=64)  # short, so that counting takes no time
 EIGHT = Place(8, 80 * 10**9, gpu=True, sharded=True)

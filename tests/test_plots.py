@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from data import UserError
+from common.errors import UserError
 from tools import plots
 from tools.plots import ablations, growth, panel
 

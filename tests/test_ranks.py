@@ -25,12 +25,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny import exact_norms
+from transformers import AutoConfig
 
-import ranks
-import runs
+import model
 import selfemo
-from model import Policy
-from ranks import bounds, deal
+from engine import fsdp, processes
+from engine.batches import my_micro_batches
+from engine.fsdp import bounds
+from engine.processes import divide
+from model import Group, Policy
+from training import folder
 
 ONE_ITERATION = ("--iterations", 1, "--steps", 2, "--eval_every", 1)
 ROOT = Path(__file__).parent.parent
@@ -39,24 +43,24 @@ ROOT = Path(__file__).parent.parent
 # Division of work
 
 
-def test_deal_by_hand():
+def test_divide_by_hand():
     """Costs 5 1 4 2 3 to two: 5 | 4 from the left, then 3 | 2 from the right, then 1: sums 5 + 2 + 1 and 4 + 3."""
-    assert deal([5, 1, 4, 2, 3], 2) == [[0, 3, 1], [2, 4]]
+    assert divide([5, 1, 4, 2, 3], 2) == [[0, 3, 1], [2, 4]]
 
 
-def test_deal_to_one_keeps_the_order():
-    assert deal([1, 3, 2], 1) == [[0, 1, 2]]
+def test_divide_by_one_keeps_the_order():
+    assert divide([1, 3, 2], 1) == [[0, 1, 2]]
 
 
-def test_deal_to_more_ranks_than_work():
-    assert deal([7, 9], 4) == [[1], [0], [], []]
+def test_divide_by_more_ranks_than_work():
+    assert divide([7, 9], 4) == [[1], [0], [], []]
 
 
 @given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 9))
-def test_every_card_is_dealt_once_and_hands_differ_by_one_at_most(costs, hands):
-    dealt = deal(costs, hands)
-    assert sorted(i for hand in dealt for i in hand) == list(range(len(costs)))
-    assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
+def test_every_index_is_given_once_and_ranks_differ_by_one_at_most(costs, size):
+    divided = divide(costs, size)
+    assert sorted(i for own in divided for i in own) == list(range(len(costs)))
+    assert max(map(len, divided)) - min(map(len, divided)) <= 1
 
 
 @pytest.mark.parametrize(
@@ -72,10 +76,15 @@ def test_bounds(rows, parts, expected):
 
 
 def test_one_process_is_alone():
-    assert (ranks.rank(), ranks.size()) == (0, 1)
-    assert ranks.exchange({"a": 0.1}) == [{"a": 0.1}]
-    assert ranks.gathered({2: "c", 0: "a"}) == ["a", "c"]
-    assert list(ranks.turns([3, 1, 2])) == [(0, 1.0), (1, 1.0), (2, 1.0)]
+    assert (processes.rank(), processes.size()) == (0, 1)
+    assert processes.exchange({"a": 0.1}) == [{"a": 0.1}]
+    assert processes.gathered({2: (0.1, 3), 0: ()}) == [[], [0.1, 3]]
+    parts = my_micro_batches([Group([1], [[2]]), Group([3], [[4, 5]])], 1)
+    assert [(part.number, part.of, part.rows, part.scale) for part in parts] == [
+        (0, 2, slice(0, 1), 1.0), (1, 2, slice(1, 2), 1.0),
+    ]  # fmt: skip
+    x = torch.tensor([1.0])
+    assert processes.summed(x) is x
 
 
 # Workers
@@ -122,41 +131,41 @@ def whole_run(argv, dtype, log):
     """selfemo.main, in float64 if asked for, with what it says in a file."""
     torch.set_num_threads(1)
     with contextlib.ExitStack() as stack:
-        file = stack.enter_context(Path(f"{log}.{ranks.launched_rank()}").open("w"))
+        file = stack.enter_context(Path(f"{log}.{processes.launched_rank()}").open("w"))
         stack.enter_context(contextlib.redirect_stdout(file))
         stack.enter_context(contextlib.redirect_stderr(file))
         stack.enter_context(mock.patch("torch.cuda.is_available", return_value=False))
         stack.enter_context(mock.patch("model.HEAD_BYTES", 4 * 60 * 8))  # chunks of the head of some eight tokens
         if dtype == "bfloat16":
-            stack.enter_context(mock.patch("selfemo.open_policy", in_bf16))
+            stack.enter_context(mock.patch("training.launch.open_policy", in_bf16))
         if dtype == "float64":
-            stack.enter_context(mock.patch("selfemo.open_policy", in_float64))
-            build = ranks.on_meta
-            stack.enter_context(mock.patch("ranks.on_meta", lambda config, dtype: exact_norms(build(config, dtype))))
+            stack.enter_context(mock.patch("training.launch.open_policy", in_float64))
+            build = fsdp.on_meta
+            stack.enter_context(mock.patch("engine.fsdp.on_meta", lambda config, dtype: exact_norms(build(config, dtype))))
         return selfemo.main(argv)
 
 
 def in_float64(path, *, activation_checkpointing=False):
-    """`ranks.open_policy` in float64, norms included: transformers' own are float32 inside, good for 1e-7 only."""
+    """`engine.fsdp.open_policy` in float64, norms included: transformers' own are float32 inside, good for 1e-7 only."""
     if not torch.distributed.is_initialized():
         policy = Policy.load(path, torch.float64)
         exact_norms(policy.lm)
     else:
-        source = Policy.load(path, torch.float64) if ranks.rank() == 0 else None
-        config = ranks.AutoConfig.from_pretrained(str(path))
-        policy = ranks.sharded(config, storage=torch.float64, compute=torch.float64, where=torch.device("cpu"))
-        ranks.fill(policy, source)
+        source = Policy.load(path, torch.float64) if processes.rank() == 0 else None
+        config = AutoConfig.from_pretrained(str(path))
+        policy = fsdp.sharded(config, storage=torch.float64, compute=torch.float64, where=torch.device("cpu"))
+        fsdp.fill(policy, source)
     if activation_checkpointing:
-        ranks.checkpoint_blocks(policy)
+        fsdp.checkpoint_blocks(policy)
     return policy
 
 
 def in_bf16(path, *, activation_checkpointing=False):
-    """`ranks.open_policy` as on a GPU: weights in float32, bf16 compute."""
-    source = Policy.load(path, "auto") if ranks.rank() == 0 else None
-    config = ranks.AutoConfig.from_pretrained(str(path))
-    policy = ranks.sharded(config, compute=torch.bfloat16, where=torch.device("cpu"))
-    ranks.fill(policy, source)
+    """`engine.fsdp.open_policy` as on a GPU: weights in float32, bf16 compute."""
+    source = Policy.load(path, "auto") if processes.rank() == 0 else None
+    config = AutoConfig.from_pretrained(str(path))
+    policy = fsdp.sharded(config, compute=torch.bfloat16, where=torch.device("cpu"))
+    fsdp.fill(policy, source)
     return policy
 
 
@@ -303,10 +312,10 @@ def test_one_prompt_for_four_ranks_hangs_nobody(place, tmp_path):
 
 def two_sides(out):
     """In a worker: the sampler's log-probs before and after an update, against the sharded policy's."""
-    with ranks.processes():
+    with processes.processes():
         torch.manual_seed(0)
         policy = in_float64(out)
-        group = [selfemo.Group([1, 2, 3], [[4, 5], [6]])]
+        group = [model.Group([1, 2, 3], [[4, 5], [6]])]
         seen = []
         for _ in range(2):
             whole = policy.sampler()
@@ -321,7 +330,7 @@ def two_sides(out):
         with torch.no_grad():
             seen.append((reference(group)[0] - policy(group)[0]).abs().max().item())
         seen.append(sum(p.requires_grad for p in reference.parameters()))
-        if ranks.rank() == 0:
+        if processes.rank() == 0:
             (Path(out) / "seen.json").write_text(json.dumps(seen))
     return 0
 
@@ -341,14 +350,14 @@ def test_the_sampler_never_has_stale_weights_and_the_reference_is_a_copy(place, 
 
 def stop_after(argv, dtype, log, updates):
     """A run in which rank 1 gets SIGTERM when it has made its nth optimizer step: the others must stop with it."""
-    inner = runs.Run.count_update
+    inner = folder.Run.count_update
 
     def count(run):
         inner(run)
-        if run.position.updates == updates and ranks.rank() == 1:
+        if run.position.updates == updates and processes.rank() == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with mock.patch("runs.Run.count_update", count):
+    with mock.patch("training.folder.Run.count_update", count):
         return whole_run(argv, dtype, log)
 
 
@@ -403,11 +412,11 @@ def test_every_rank_killed_and_the_run_goes_on(place, alone, tmp_path):
 FAILING = """
 import sys, torch
 sys.path.insert(0, {root!r})
-import ranks, selfemo
+import selfemo
 torch.cuda.is_available = lambda: False
 inner = selfemo.answer
 def answer(world, policy, samples, **settings):
-    if settings["step"] == 0 and ranks.rank() == 1:
+    if settings["step"] == 0 and processes.rank() == 1:
         {what}
     return inner(world, policy, samples, **settings)
 selfemo.answer = answer

@@ -9,12 +9,13 @@ import pytest
 import torch
 from tiny import V, chain, tiny, tokenizer, with_attention
 
-import cache
 import rollout
-from cache import DecodeLayout, GroupCache
-from data import UserError
+from common.draws import uniform
+from common.errors import UserError
+from engine import cache
+from engine.cache import DecodeLayout, GroupCache
 from model import ATTENTION, Group, Policy
-from rollout import Completion, Engine, draw, draw_in_blocks, generate, generate_naive, uniform
+from rollout import Completion, Engine, draw, draw_in_blocks, generate, generate_naive
 
 KINDS = pytest.mark.parametrize("kind", ["qwen3", "llama"])
 EOS = frozenset(range(10, 22))  # 12 of 97 tokens: answers of about 8 tokens, some cut off

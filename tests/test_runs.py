@@ -22,29 +22,18 @@ from safetensors.torch import load_file
 from tiny import tiny
 from torch import nn
 
-import runs
+import grpo
 import selfemo
-import shards
-from data import Failure, Output, Responder, Sample, Selection, Turn, UserError
+from common.errors import UserError
+from common.files import jsonl, read_json, read_lines, write_atomically
+from corpora.dialogue import Turn
+from data import Completion, Failure, Output, Responder, Sample, Selection
+from engine import shards
+from engine.shards import load_moments, moments, read_part, save_parts, weights
 from model import Policy
-from runs import (
-    Learner,
-    Position,
-    ScoredGroup,
-    Stopped,
-    digest,
-    group_record,
-    jsonl,
-    newest_checkpoint,
-    open_run,
-    read_json,
-    read_lines,
-    save_checkpoint,
-    stage_steps,
-    write_atomically,
-)
-from shards import load_moments, moments, read_part, save_parts, weights
-from world import Answer
+from training import coldstart, folder, task
+from training.folder import Learner, Position, Stopped, newest_checkpoint, open_run, save_checkpoint, stage_steps
+from training.records import ScoredGroup, digest, group_record
 
 NOTHING = frozenset()
 
@@ -191,14 +180,16 @@ def scored_group():
     sample = Sample("w/train/d0/1+1", "w", context, responder, ("joy", "anger"), {"joy": 1.0}, origin="synthetic",
                     parent="w/train/d0/1", iteration=1, depth=1)  # fmt: skip
     output = Output("why", {"joy": 0.1}, {"hope": 0.3}, "Oh.", {"my_output": (0, 3)})
-    good = Answer((4, 9), (-0.1, -1e-17), True, "…", output)
-    bad = Answer((4,), (-1 / 3,), False, "x", Failure("unfinished", "cut off"))
-    return ScoredGroup(sample, (1, 2), (good, bad), (1.1, 0.0), {"joy": 1.0}, (1 / 3, 0.0), (0.1 + 0.2, -0.3),
-                       Selection(0, "kept", sample))  # fmt: skip
+    good = Completion((4, 9), (-0.1, -1e-17), True, "…", output)
+    bad = Completion((4,), (-1 / 3,), False, "x", Failure("unfinished", "cut off"))
+    return ScoredGroup(sample, (1, 2), (good, bad), (1.1, 0.0), {"joy": 1.0}, (1 / 3, 0.0), (0.1 + 0.2, -0.3))
+
+
+CHOSEN = Selection(0, "kept", None)
 
 
 def test_a_record_says_all_that_an_audit_needs():
-    record = group_record(scored_group(), step=7, iteration=2, lam=1 / 3, version=14)
+    record = group_record(scored_group(), CHOSEN, step=7, iteration=2, lam=1 / 3, version=14)
     sha = record.pop("sha256")
     assert len(sha) == 64
     assert record == {
@@ -217,7 +208,7 @@ def test_a_record_says_all_that_an_audit_needs():
 
 
 def test_floats_come_back_bit_by_bit_and_the_digest_holds():
-    record = group_record(scored_group(), step=7, iteration=2, lam=1 / 3, version=14)
+    record = group_record(scored_group(), CHOSEN, step=7, iteration=2, lam=1 / 3, version=14)
     back = json.loads(jsonl([record]))
     assert back == record
     assert back["answers"][0]["advantage"] == 0.1 + 0.2 != 0.3
@@ -302,8 +293,8 @@ def test_stages_follow_each_other_and_what_is_done_is_skipped(tmp_path):
 def test_save_every_and_the_end_of_a_stage(tmp_path, monkeypatch):
     """5 steps, every 2: after steps 2 and 4, and at the end."""
     saved = []
-    inner = runs.save_checkpoint
-    monkeypatch.setattr(runs, "save_checkpoint", lambda run, tensors: saved.append(run.position) or inner(run, tensors))
+    inner = folder.save_checkpoint
+    monkeypatch.setattr(folder, "save_checkpoint", lambda run, tensors: saved.append(run.position) or inner(run, tensors))
     run, line = fresh(tmp_path), Line()
     for _ in stage_steps(run, line, 0, 5, make(line), 2):
         pass
@@ -372,9 +363,9 @@ def test_weights_of_another_model_are_refused(tmp_path, other):
 
 MOMENTS = {  # where a process is killed: generation, update, records and buffer, checkpoint, what makes it durable, export
     "generation": (selfemo, "answer"),
-    "update": (selfemo, "policy_loss"),
-    "fine-tuning": (selfemo, "sft_step"),
-    "records": (runs.Run, "append"),
+    "update": (grpo, "policy_loss"),
+    "fine-tuning": (coldstart, "sft_step"),
+    "records": (folder.Run, "append"),
     "checkpoint": (shards, "save_file"),
     "sync": (os, "fsync"),
     "rename": (os, "rename"),
@@ -431,14 +422,14 @@ def stage_of(out):
 
 def stop_at(monkeypatch, updates, number=signal.SIGTERM):
     """The process gets a signal when the run has made its nth update."""
-    inner = runs.Run.count_update
+    inner = folder.Run.count_update
 
     def count(run):
         inner(run)
         if run.position.updates == updates:
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(runs.Run, "count_update", count)
+    monkeypatch.setattr(folder.Run, "count_update", count)
 
 
 def test_a_stopped_run_saves_prints_its_command_and_goes_on_bit_by_bit(place, finished, tmp_path, monkeypatch):
@@ -482,7 +473,7 @@ def test_a_stopped_run_from_base_goes_on_bit_by_bit(place, tmp_path, monkeypatch
 def test_a_second_signal_stops_at_once_and_the_run_can_go_on(place, tmp_path, monkeypatch):
     out, more = tmp_path / "run", ("--iterations", 1, "--steps", 1, "--save_every", 1)
     with monkeypatch.context() as patch:
-        inner = selfemo.answer
+        inner = task.answer
 
         def twice(world, policy, samples, **settings):
             if settings["step"] == 0:

@@ -21,17 +21,24 @@ from safetensors.torch import load_file, save_file
 from tiny import answer_logprobs, gradients, tiny
 from torch.testing import assert_close
 
-import audit
-import batches
 import data
+import evaluate
+import grpo
 import selfemo
-from config import Config
-from data import DEFAULT, Failure, Output, Responder, Sample, Selection, Turn, UserError
+from analysis import audit
+from common import draws
+from common.errors import UserError
+from corpora.dialogue import Turn
+from data import DEFAULT, Completion, Failure, Output, Responder, Sample, Selection
+from engine import batches
+from engine.shards import weights
 from model import Group, Policy
-from runs import Learner, Position, ScoredGroup
-from selfemo import Example, Scores, mini_batch
-from shards import weights
-from world import Answer, Buffer, Kept, World, open_world
+from selfemo import mini_batch
+from training import coldstart, config
+from training.config import Config
+from training.folder import Learner, Position
+from training.records import ScoredGroup, sample_from_record
+from training.task import Buffer, Example, Task, open_task
 
 
 def sample(name, **fields):
@@ -43,12 +50,12 @@ def sample(name, **fields):
 def world(n, **settings):
     """A world of n original samples without a tokenizer."""
     cfg = Config(**{"batch_prompts": 2, "iterations": 2, **settings})
-    return World(cfg, None, frozenset({9}), DEFAULT, tuple(sample(i) for i in range(n)), (), ())
+    return Task(cfg, None, frozenset({9}), DEFAULT, tuple(sample(i) for i in range(n)), (), ())
 
 
 def kept(sample_id, iteration, ids=(1, 9), prompt_ids=(5,)):
     child = sample("x", id=f"{sample_id}+{iteration}", parent=sample_id, iteration=iteration, origin="synthetic")
-    return Kept(iteration, sample_id, tuple(prompt_ids), tuple(ids), child)
+    return Example(sample_id, tuple(prompt_ids), tuple(ids), iteration, child)
 
 
 # D7
@@ -112,8 +119,8 @@ def test_order_of_prompts_depends_on_seed_and_iteration():
 def test_d7_every_iteration_draws_from_the_beginning_of_its_own_buffer(monkeypatch):
     """3 samples, 2 a step: S = 2. RL steps 0 and 1 are draws 0 and 1 of iteration 1, 2 and 3 those of iteration 2."""
     asked = []
-    idle = {name: lambda *_: None for name in ("cold_start", "rollout", "score", "update", "retrain", "finish")}
-    steps = {"rl_stage": lambda run, w, policy, k: iter([2 * k - 2, 2 * k - 1]), "select": lambda *_: []}
+    idle = {name: lambda *_: None for name in ("cold_start", "rollout", "score", "update", "select", "write_down", "retrain", "finish")}
+    steps = {"rl_steps": lambda run, w, policy, k: iter([2 * k - 2, 2 * k - 1]), "keep": lambda *_: []}
     for name, stand_in in {**idle, **steps, "open_buffer": lambda run, w: Buffer(w.originals)}.items():
         monkeypatch.setattr(selfemo, name, stand_in)
     monkeypatch.setattr(Buffer, "draw", lambda buffer, k, step, cfg: asked.append((k, step)))
@@ -161,9 +168,9 @@ def test_adding_leaves_the_buffer_as_it_was():
 
 
 def opened(place, *more):
-    """World and settings of a command line."""
-    cfg = selfemo.parse(place.argv("nowhere", *more))
-    return open_world(cfg)
+    """Task and settings of a command line."""
+    cfg = config.parse(place.argv("nowhere", *more))
+    return open_task(cfg)
 
 
 def test_limit_and_originals_take_a_seeded_choice_in_the_old_order(place):
@@ -201,7 +208,7 @@ def test_prompts_over_the_limit_are_dropped_and_counted(place, capsys):
 def taught(monkeypatch):
     """What `retrain` hands to `sft`."""
     found = []
-    monkeypatch.setattr(selfemo, "sft", lambda run, world, policy, stage, examples, lr: found.append((stage, examples, lr)))
+    monkeypatch.setattr(coldstart, "sft", lambda run, world, policy, stage, examples, lr: found.append((stage, examples, lr)))
     return found
 
 
@@ -237,7 +244,9 @@ def test_d12_current_learns_the_answers_of_this_iteration(taught):
     """Of iteration 2: the later one of the two for w/train/0, and the child's."""
     w = world(3, sft_lr=0.5)
     selfemo.retrain(desk(stage=4, step=1), w, None, Buffer(w.originals, HISTORY), 2)
-    assert taught == [(4, [Example("w/train/0", (5,), (8, 9)), Example("w/train/0+1", (7,), (4, 9))], 0.5)]
+    ((stage, examples, rate),) = taught
+    assert (stage, rate) == (4, 0.5)
+    assert [(x.sample_id, x.prompt_ids, x.ids) for x in examples] == [("w/train/0", (5,), (8, 9)), ("w/train/0+1", (7,), (4, 9))]
 
 
 def test_d12_base_learns_the_latest_answer_of_every_prompt_and_cold_start_targets_of_the_others(taught, tmp_path):
@@ -316,10 +325,13 @@ def test_micro_batches_hold_only_so_many_tokens():
 def test_rows_and_results_of_micro_batches_cut_by_tokens_belong_together():
     """Answers 0-3 of one group and 4 of another, at most 14 tokens at once: rows 0-1, 2-3, 4."""
     groups = [Group([7, 7, 7], [[i] * 4 for i in range(4)]), Group([8, 8, 8], [[4] * 4])]
-    seen = batches.by_micro_batch(
-        groups, 16, lambda part, rows, scale: ([a[0] for g in part for a in g.answers], rows, scale), 14
-    )
-    assert seen == [([0, 1], slice(0, 2), 1.0), ([2, 3], slice(2, 4), 1.0), ([4], slice(4, 5), 1.0)]
+    seen = [
+        (part.number, part.of, [a[0] for g in part.groups for a in g.answers], part.rows, part.scale, part.counted)
+        for part in batches.my_micro_batches(groups, 16, 14)
+    ]
+    assert seen == [
+        (0, 3, [0, 1], slice(0, 2), 1.0, True), (1, 3, [2, 3], slice(2, 4), 1.0, True), (2, 3, [4], slice(4, 5), 1.0, True),
+    ]  # fmt: skip
 
 
 # One mini-batch
@@ -332,14 +344,12 @@ def scored(name, advantages, lengths, *, cut_off=(), prompt=(1, 2, 3)):
     """A group of answers of given lengths; of their content only the tokens matter here."""
     rng = torch.Generator().manual_seed(sum(map(ord, name)))
     bodies = [torch.randint(0, 90, (length - 1,), generator=rng).tolist() for length in lengths]
-    failed = Failure("think", "")
     answers = [
-        Answer((*body, END), (0.0,) * length, i not in cut_off, "", failed)
+        Completion((*body, END), (0.0,) * length, i not in cut_off)
         for i, (body, length) in enumerate(zip(bodies, lengths, strict=True))
     ]
     zeros = (0.0,) * len(answers)
-    none = Selection(None, "rule", None)
-    return ScoredGroup(sample(name), tuple(prompt), tuple(answers), zeros, {}, zeros, tuple(advantages), none)
+    return ScoredGroup(sample(name), tuple(prompt), tuple(answers), zeros, {}, zeros, tuple(advantages))
 
 
 BATCH = [
@@ -356,15 +366,14 @@ def policy():
 
 
 def measured(policy, batch, cfg, noise=0.3):
-    """Old and reference log-probs that differ from the policy's, so that ratios leave the clip range."""
-    logp = selfemo.logprobs(policy, [s.group for s in batch], cfg)
+    """old_BT and ref_BT, log-probs that differ from the policy's, so that ratios leave the clip range."""
+    logp_BT = selfemo.logprobs(policy, batch, cfg)
     rng = torch.Generator().manual_seed(5)
-    old, ref = ([x + noise * torch.randn(len(x), generator=rng, dtype=x.dtype) for x in logp] for _ in range(2))
-    return Scores(old, ref)
+    return [logp_BT + noise * torch.randn(logp_BT.shape, generator=rng, dtype=logp_BT.dtype) for _ in range(2)]
 
 
 def learner(policy, cfg, reference=None):
-    return Learner(selfemo.adamw(policy, cfg.lr), reference)
+    return Learner(coldstart.adamw(policy, cfg.lr), reference)
 
 
 def grads(policy):
@@ -374,12 +383,12 @@ def grads(policy):
 @pytest.mark.parametrize("loss_mean", ["token", "sequence"])
 @pytest.mark.parametrize("ratio", ["token", "sequence"])
 def test_micro_batches_change_neither_gradient_nor_metrics(policy, monkeypatch, ratio, loss_mean):
-    monkeypatch.setattr(selfemo, "MAX_GRAD_NORM", 1e9)  # clipping would hide a wrong scale
+    monkeypatch.setattr(coldstart, "MAX_GRAD_NORM", 1e9)  # clipping would hide a wrong scale
     cfg = replace(CFG, ratio=ratio, loss_mean=loss_mean)
     scores = measured(policy, BATCH, cfg)
     found = []
     for size in (64, 1, 3, 8):
-        values, _ = mini_batch(policy, learner(policy, cfg), BATCH, scores, replace(cfg, micro_batch=size))
+        values, _ = mini_batch(policy, learner(policy, cfg), BATCH, *scores, replace(cfg, micro_batch=size))
         found.append((values, grads(policy)))
     for values, gradient in found[1:]:
         assert values == pytest.approx(found[0][0], rel=1e-12, abs=1e-12)
@@ -392,11 +401,11 @@ def test_loss_of_a_mini_batch_by_hand(policy):
     """On policy: lengths 2, 4, 6 and advantages 1, 0, -1. Token mean -(2 - 6)/12 = 1/3, sequence mean 0."""
     batch = [scored("a", (1.0, 0.0, -1.0), (2, 4, 6))]
     scores = measured(policy, batch, CFG, noise=0)
-    token, _ = mini_batch(policy, learner(policy, CFG), batch, scores, CFG)
+    token, _ = mini_batch(policy, learner(policy, CFG), batch, *scores, CFG)
     assert token["loss/policy"] == pytest.approx(1 / 3, abs=1e-12)
     assert token["loss/kl"] == 0
     by_sequence = replace(CFG, loss_mean="sequence")
-    values, _ = mini_batch(policy, learner(policy, CFG), batch, scores, by_sequence)
+    values, _ = mini_batch(policy, learner(policy, CFG), batch, *scores, by_sequence)
     assert values["loss/policy"] == pytest.approx(0, abs=1e-12)
 
 
@@ -407,7 +416,7 @@ def test_truncated_share_of_the_loss_weight(policy):
     for loss_mean, share in (("token", 0.5), ("sequence", 1 / 3)):
         for size in (1, 16):
             cfg = replace(CFG, loss_mean=loss_mean, micro_batch=size)
-            values, _ = mini_batch(policy, learner(policy, CFG), batch, scores, cfg)
+            values, _ = mini_batch(policy, learner(policy, CFG), batch, *scores, cfg)
             assert values["loss/weight_truncated"] == pytest.approx(share, abs=1e-12)
 
 
@@ -415,26 +424,26 @@ def test_truncated_share_of_the_loss_weight(policy):
 @pytest.mark.parametrize("size", [2, 16])
 def test_weights_sum_to_1_over_the_mini_batch_not_over_the_micro_batch(policy, monkeypatch, loss_mean, size):
     seen = []
-    inner = selfemo.policy_loss
+    inner = grpo.policy_loss
 
     def spy(logp_BT, old_BT, adv_B, weight_BT, **settings):
         seen.append(weight_BT.sum().item())
         return inner(logp_BT, old_BT, adv_B, weight_BT, **settings)
 
-    monkeypatch.setattr(selfemo, "policy_loss", spy)
+    monkeypatch.setattr(grpo, "policy_loss", spy)
     cfg = replace(CFG, loss_mean=loss_mean, micro_batch=size)
-    mini_batch(policy, learner(policy, cfg), BATCH, measured(policy, BATCH, cfg), cfg)
+    mini_batch(policy, learner(policy, cfg), BATCH, *measured(policy, BATCH, cfg), cfg)
     assert len(seen) == {2: 6, 16: 1}[size]
     assert math.fsum(seen) == pytest.approx(1, abs=1e-12)
 
 
 def test_d6_the_kl_enters_the_loss_times_its_coefficient(policy, monkeypatch):
     """Gradients are linear in beta: g(.6) - g(.3) = g(.3) - g(0), and not 0. On policy for the ratio, off for the KL."""
-    monkeypatch.setattr(selfemo, "MAX_GRAD_NORM", 1e9)
+    monkeypatch.setattr(coldstart, "MAX_GRAD_NORM", 1e9)
     scores = measured(policy, BATCH, CFG)
     found = []
     for beta in (0.0, 0.3, 0.6):
-        mini_batch(policy, learner(policy, CFG), BATCH, scores, replace(CFG, kl_coef=beta))
+        mini_batch(policy, learner(policy, CFG), BATCH, *scores, replace(CFG, kl_coef=beta))
         found.append(torch.cat([g.flatten() for g in grads(policy).values()]))
     assert_close(found[2] - found[1], found[1] - found[0], rtol=0, atol=1e-12)
     assert (found[1] - found[0]).norm() > 1e-3
@@ -443,19 +452,18 @@ def test_d6_the_kl_enters_the_loss_times_its_coefficient(policy, monkeypatch):
 def test_d1_the_kl_draws_the_policy_to_the_reference(policy):
     """No advantage, the reference .5 nats above on every token: k3 = e^.5 - 1.5 = .148721, and a step raises the answers."""
     batch = [scored("a", (0.0, 0.0, 0.0), (4, 5, 6))]
-    before = selfemo.logprobs(policy, [batch[0].group], CFG)
+    before_BT = selfemo.logprobs(policy, batch, CFG)
     teacher = learner(policy, replace(CFG, lr=1e-3))
-    values, _ = mini_batch(policy, teacher, batch, Scores(before, [x + 0.5 for x in before]), CFG)
+    values, _ = mini_batch(policy, teacher, batch, before_BT, before_BT + 0.5, CFG)
     assert values["loss/kl"] == pytest.approx(0.148721, abs=1e-6)
     teacher.optimizer.step()
-    after = selfemo.logprobs(policy, [batch[0].group], CFG)
-    assert all(a.sum() > b.sum() for a, b in zip(after, before, strict=True))
+    assert ((selfemo.logprobs(policy, batch, CFG) - before_BT).sum(1) > 0).all()
 
 
 def test_gradient_is_not_zero_where_the_loss_is(policy):
     """First update, equal lengths, advantages that sum to 0: loss 0, and yet there is something to learn."""
     batch = [scored("a", (1.0, 0.5, -1.5), (4, 4, 4))]
-    values, _ = mini_batch(policy, learner(policy, CFG), batch, measured(policy, batch, CFG, noise=0), CFG)
+    values, _ = mini_batch(policy, learner(policy, CFG), batch, *measured(policy, batch, CFG, noise=0), CFG)
     assert abs(values["loss/policy"]) < 1e-12
     assert values["grad_norm"] > 0.1
     assert (values["ratio/mean"], values["ratio/max"], values["clip_frac"]) == pytest.approx((1, 1, 0), abs=1e-12)
@@ -466,16 +474,16 @@ def test_the_loss_is_descended(policy):
     batch = [scored("a", (1.0, -1.0, 0.0), (4, 4, 4))]
     before = measured(policy, batch, CFG, noise=0)
     teacher = learner(policy, replace(CFG, lr=1e-3))
-    mini_batch(policy, teacher, batch, before, CFG)
+    mini_batch(policy, teacher, batch, *before, CFG)
     teacher.optimizer.step()
     after = measured(policy, batch, CFG, noise=0)
-    good, bad, _ = (float(a.sum() - b.sum()) for a, b in zip(after.old, before.old, strict=True))
+    good, bad, _ = (after[0] - before[0]).sum(1).tolist()
     assert good > 0 > bad
 
 
 def test_gradient_norm_is_clipped_at_1_and_logged_unclipped(policy):
     batch = [scored("a", (100.0, -100.0, 0.0), (4, 4, 4))]
-    values, _ = mini_batch(policy, learner(policy, CFG), batch, measured(policy, batch, CFG, noise=0), CFG)
+    values, _ = mini_batch(policy, learner(policy, CFG), batch, *measured(policy, batch, CFG, noise=0), CFG)
     norm = torch.cat([g.flatten() for g in grads(policy).values()]).norm()
     assert values["grad_norm"] > 1
     assert norm == pytest.approx(1, abs=1e-5)
@@ -485,10 +493,10 @@ def test_gradients_of_one_mini_batch_do_not_leak_into_the_next(policy):
     scores = measured(policy, BATCH, CFG)
     teacher = learner(policy, CFG)
     for _ in range(2):
-        mini_batch(policy, teacher, BATCH, scores, CFG)
+        mini_batch(policy, teacher, BATCH, *scores, CFG)
         norms = torch.cat([g.flatten() for g in grads(policy).values()]).norm()
     fresh = Policy(tiny())
-    mini_batch(fresh, learner(fresh, CFG), BATCH, scores, CFG)
+    mini_batch(fresh, learner(fresh, CFG), BATCH, *scores, CFG)
     assert norms == pytest.approx(torch.cat([g.flatten() for g in grads(fresh).values()]).norm().item(), rel=1e-12)
 
 
@@ -500,24 +508,27 @@ def test_a_group_is_scored_by_hand(monkeypatch):
     Eq. 11: joy 1.5 of 2, anger .5 of 2. Eq. 12: 1/3, 2/3, 0. Eq. 13 at lambda .5: mean .511111, std sqrt(.614074/2) =
     .554109, so 1.062766, -.140365, -.922400; second term 0, 1, -1 (less 3e-6), halved. What the answers feel (anger) is
     the label of the new sample and earns nothing."""
-    monkeypatch.setattr(World, "encode", lambda w, sample: ([5, 6], ""))
+    monkeypatch.setattr(Task, "encode", lambda w, sample: ([5, 6], ""))
     felt = {"anger": 1.0}
     parses = [Output("x", {"joy": 1.0}, felt, "Oh.", {}), Output("x", {"joy": 0.5, "anger": 0.5}, felt, "Hm.", {})]
-    group = [Answer((1, END), (0.0, 0.0), True, "", parse) for parse in (*parses, Failure("think", ""))]
-    (found,) = selfemo.score(world(1), [sample("a")], [group], 0.5, 1)
+    group = [Completion((1, END), (0.0, 0.0), True, "", parse) for parse in (*parses, Failure("think", ""))]
+    (found,) = selfemo.score(world(1), [sample("a")], [group], 0.5)
+    (chosen,) = selfemo.select(world(1), [found], 1)
     assert found.rewards == pytest.approx((1.1, 0.433333, 0.0), abs=1e-6)
     assert found.core == {"joy": 0.75, "anger": 0.25}
     assert found.consistencies == (1 / 3, 2 / 3, 0.0)
     assert found.advantages == pytest.approx((1.062766, 0.359633, -1.422399), abs=3e-6)
-    assert (found.prompt_ids, found.selection.index, found.selection.child.gold) == ((5, 6), 0, felt)
+    assert (found.prompt_ids, chosen.index, chosen.child.gold) == ((5, 6), 0, felt)
 
 
 def one_update(batch, cfg=CFG, k=1, t=0):
     """A policy after `update`, and the desk that took notes."""
     policy, run = Policy(tiny()), desk()
-    w = World(replace(cfg, batch_prompts=len(batch)), None, frozenset({END}), DEFAULT, (sample("a"),) * 6, (), ())
+    w = Task(replace(cfg, batch_prompts=len(batch)), None, frozenset({END}), DEFAULT, (sample("a"),) * 6, (), ())
     run.learner = learner(policy, cfg, policy.frozen_copy())
-    selfemo.update(run, w, policy, batch, k, t)
+    measured = selfemo.update(run, policy, batch, t, w.cfg)
+    nothing = [Selection(None, "rule", None)] * len(batch)
+    selfemo.write_down(run, w, policy, batch, nothing, measured, k, t)
     return policy, run
 
 
@@ -557,24 +568,27 @@ def test_old_log_probs_are_those_before_the_first_update_and_go_to_their_mini_ba
     seen = []
     inner = selfemo.mini_batch
 
-    def spy(policy, teacher, batch, scores, cfg):
-        seen.append(scores)
-        return inner(policy, teacher, batch, scores, cfg)
+    def spy(policy, teacher, batch, before_BT, ref_BT, cfg):
+        values, old_BT = inner(policy, teacher, batch, before_BT, ref_BT, cfg)
+        seen.append((before_BT, old_BT, ref_BT))
+        return values, old_BT
 
     monkeypatch.setattr(selfemo, "mini_batch", spy)
     recorded = []
-    monkeypatch.setattr(selfemo.metrics, "logprob_metrics", lambda old, ref, sampled: recorded.extend(old) or {})
+    monkeypatch.setattr(selfemo.metrics, "logprob_metrics", lambda old, ref, sampled: recorded.extend((old, ref)) or {})
     one_update(BATCH)
-    lm = tiny()
-    assert [scores.old is None for scores in seen] == [True, False, False]
-    for i, (group, scores) in enumerate(zip(BATCH, seen, strict=True)):
-        olds = recorded[3 * i : 3 * i + 3]
-        assert scores.old is None or all(map(torch.equal, scores.old, olds))
-        for answer, old, ref in zip(group.answers, olds, scores.ref, strict=True):
+    lm, everything = tiny(), []
+    assert [(before_BT == selfemo.NOT_MEASURED).all().item() for before_BT, _, _ in seen] == [True, False, False]
+    for group, (before_BT, old_BT, ref_BT) in zip(BATCH, seen, strict=True):
+        assert (before_BT == selfemo.NOT_MEASURED).all() or torch.equal(before_BT, old_BT)
+        assert not old_BT.requires_grad and not ref_BT.requires_grad
+        for answer, old_T, ref_T in zip(group.answers, old_BT, ref_BT, strict=True):
             expected = answer_logprobs(lm, group.prompt_ids, answer.ids, temperature=0.9)
-            assert_close(old, expected, rtol=0, atol=1e-10)
-            assert_close(ref, expected, rtol=0, atol=1e-10)
-            assert not old.requires_grad and not ref.requires_grad
+            everything.append(expected)
+            assert_close(old_T[: len(answer.ids)], expected, rtol=0, atol=1e-10)
+            assert_close(ref_T[: len(answer.ids)], expected, rtol=0, atol=1e-10)
+    for row_N in recorded:
+        assert_close(row_N, torch.cat(everything), rtol=0, atol=1e-10)
 
 
 def test_the_first_mini_batch_scores_itself_as_a_pass_of_its_own_would():
@@ -582,9 +596,10 @@ def test_the_first_mini_batch_scores_itself_as_a_pass_of_its_own_would():
     results = []
     for known in (True, False):
         policy = Policy(tiny())
-        old, ref = measured(policy, BATCH, CFG, noise=0).old, measured(policy, BATCH, CFG).ref
-        values, logp = mini_batch(policy, learner(policy, CFG), BATCH, Scores(old if known else None, ref), CFG)
-        results.append((values, logp, [p.grad for p in policy.parameters()]))
+        old_BT, ref_BT = measured(policy, BATCH, CFG, noise=0)[0], measured(policy, BATCH, CFG)[1]
+        before_BT = old_BT if known else torch.full_like(old_BT, selfemo.NOT_MEASURED)
+        values, used_BT = mini_batch(policy, learner(policy, CFG), BATCH, before_BT, ref_BT, CFG)
+        results.append((values, used_BT, [p.grad for p in policy.parameters()]))
     (values, logp, grads), (own_values, own_logp, own_grads) = results
     assert own_values == pytest.approx(values, abs=1e-12) and own_values["ratio/mean"] == 1
     for one, other in zip([*logp, *grads], [*own_logp, *own_grads], strict=True):
@@ -600,7 +615,7 @@ def test_update_writes_a_record_a_group_with_the_version_of_the_weights():
 
 
 def test_the_reference_is_the_policy_at_the_start_of_the_rl_stage_and_stays(monkeypatch, tmp_path):
-    monkeypatch.setattr(selfemo, "evaluate_dev", lambda *_: None)
+    monkeypatch.setattr(evaluate, "on_dev", lambda *_: None)
     learners = []
 
     def steps(run, policy, stage, total, make, save_every):
@@ -610,11 +625,11 @@ def test_the_reference_is_the_policy_at_the_start_of_the_rl_stage_and_stays(monk
     monkeypatch.setattr(selfemo, "stage_steps", steps)
     policy = Policy(tiny())
     cold = tmp_path / "cold_start/weights.safetensors"
-    assert list(selfemo.rl_stage(desk(tmp_path, stage=1), world(5), policy, 1)) == [0]
+    assert list(selfemo.rl_steps(desk(tmp_path, stage=1), world(5), policy, 1)) == [0]
     before = cold.read_bytes()
     with torch.no_grad():
         next(policy.parameters()).add_(1)
-    assert list(selfemo.rl_stage(desk(tmp_path, stage=3), world(5), policy, 2)) == [3]
+    assert list(selfemo.rl_steps(desk(tmp_path, stage=3), world(5), policy, 2)) == [3]
     first, second = learners
     assert [torch.equal(*map(lambda p: next(p.parameters()), pair)) for pair in ((first.reference, policy),
             (second.reference, policy))] == [False, True]  # fmt: skip
@@ -622,10 +637,13 @@ def test_the_reference_is_the_policy_at_the_start_of_the_rl_stage_and_stays(monk
     assert cold.read_bytes() == before  # the cold start's weights are those of iteration 1
 
 
-def test_choose_without_self_play_selects_nothing():
-    w = world(3, self_play=False)
-    good = Output("x", {"joy": 1.0}, {"joy": 1.0}, "Oh.", {})
-    assert selfemo.choose(w, sample("a"), [SimpleNamespace(parse=good)], [1.1], 1) == Selection(None, "off", None)
+def test_without_self_play_nothing_is_selected(monkeypatch):
+    """The same answer is kept where self-play is on."""
+    monkeypatch.setattr(Task, "encode", lambda w, sample: ([5, 6], ""))
+    good = Completion((1, END), (0.0, 0.0), True, "", Output("x", {"joy": 1.0}, {"joy": 1.0}, "Oh.", {}))
+    group = ScoredGroup(sample("a"), (5,), (good,), (1.1,), {}, (1 / 3,), (0.0,))
+    assert [selfemo.select(world(3, self_play=on), [group], 1)[0].index for on in (True, False)] == [0, None]
+    assert selfemo.select(world(3, self_play=False), [group], 1) == [Selection(None, "off", None)]
 
 
 # Supervised fine-tuning
@@ -637,10 +655,10 @@ EXAMPLES = [Example("a", (1, 2, 3), (4, 5, END)), Example("b", (6,), (7, END)), 
 @pytest.mark.parametrize("size", [1, 2, 16])
 def test_sft_learns_every_answer_token_and_the_stop_token_and_no_prompt_token(policy, monkeypatch, size):
     """Loss: minus the mean log-prob of the 3 + 2 + 5 answer tokens, stop tokens among them, one by one by transformers."""
-    monkeypatch.setattr(selfemo, "MAX_GRAD_NORM", 1e9)
+    monkeypatch.setattr(coldstart, "MAX_GRAD_NORM", 1e9)
     lm = tiny()
     loss = -sum(answer_logprobs(lm, x.prompt_ids, x.ids).sum() for x in EXAMPLES) / 10
-    values = selfemo.sft_step(policy, learner(policy, CFG), EXAMPLES, replace(CFG, micro_batch=size))
+    values = coldstart.sft_step(policy, learner(policy, CFG), EXAMPLES, replace(CFG, micro_batch=size))
     assert values["loss/sft"] == pytest.approx(loss.item(), rel=1e-12)
     expected = gradients(lm, loss)
     assert_close({k.removeprefix("lm."): v for k, v in grads(policy).items()}, expected, rtol=0, atol=1e-12)
@@ -654,11 +672,11 @@ def test_sft_takes_every_example_once_in_batches_of_sft_batch(monkeypatch, tmp_p
         seen.append([x.sample_id for x in batch])
         return {"loss/sft": 0.0}
 
-    monkeypatch.setattr(selfemo, "sft_step", step)
-    monkeypatch.setattr(selfemo, "stage_steps", lambda r, p, s, total, make, e: ((i, make()) for i in range(total)))
+    monkeypatch.setattr(coldstart, "sft_step", step)
+    monkeypatch.setattr(coldstart, "stage_steps", lambda r, p, s, total, make, e: ((i, make()) for i in range(total)))
     run = desk(stage=4)
     five = [Example(str(i), (1,), (2, END)) for i in range(5)]
-    selfemo.sft(run, world(3, sft_batch=2), Policy(tiny()), 4, five, 1e-3)
+    coldstart.sft(run, world(3, sft_batch=2), Policy(tiny()), 4, five, 1e-3)
     assert [len(batch) for batch in seen] == [2, 2, 1]
     assert sorted(itertools.chain(*seen)) == ["0", "1", "2", "3", "4"]
     assert [(phase, k, step) for phase, k, _, step in run.logged] == [("sft", 2, 0), ("sft", 2, 1), ("sft", 2, 2)]
@@ -668,14 +686,14 @@ def test_sft_takes_every_example_once_in_batches_of_sft_batch(monkeypatch, tmp_p
 def test_every_stage_has_a_fresh_adamw_with_its_own_rate(place, tmp_path, monkeypatch):
     """Cold start, then RL and SFT of both iterations (D26). Weight decay .01, betas .9 and .999."""
     made = []
-    inner = selfemo.adamw
+    inner = coldstart.adamw
 
     def spy(policy, lr):
         made.append(inner(policy, lr))
         assert made[-1].state == {}
         return made[-1]
 
-    monkeypatch.setattr(selfemo, "adamw", spy)
+    monkeypatch.setattr(coldstart, "adamw", spy)
     more = ("--lr", 1e-3, "--sft_lr", 2e-3, "--cold_start_lr", 3e-3, "--steps", 1, "--cold_start", "dataset")
     assert place.run(tmp_path / "run", *more)[0] == 0
     rates = [optimizer.param_groups[0]["lr"] for optimizer in made]
@@ -698,34 +716,34 @@ def text_of(w, example):
 
 def test_d17_self_takes_the_start_models_own_valid_answers_and_looks_at_no_gold(opened_place):
     w, policy = opened_place
-    examples = selfemo.own_answers(w, policy)
+    examples = coldstart.own_answers(w, policy)
     assert 10 < len(examples) < len(w.originals) == 24
     for x in examples:
         assert isinstance(data.parse_output(text_of(w, x), EMOTIONS), Output)
         assert x.ids[-1] in w.eos
     assert len({x.sample_id for x in examples}) == len(examples)
     other = replace(w, originals=tuple(replace(s, gold={"anger": 1.0}) for s in w.originals))
-    assert selfemo.own_answers(other, policy) == examples
+    assert coldstart.own_answers(other, policy) == examples
 
 
 def test_d17_self_without_one_valid_answer_is_a_users_mistake(opened_place):
     w, policy = opened_place
     with pytest.raises(UserError, match="dataset"):
-        selfemo.own_answers(replace(w, cfg=replace(w.cfg, max_new_tokens=3)), policy)
+        coldstart.own_answers(replace(w, cfg=replace(w.cfg, max_new_tokens=3)), policy)
 
 
 def test_d17_dataset_teaches_gold_and_the_real_next_turn(opened_place):
     """Of four turns in each of 8 dialogues: turn 0 is followed by an unlabelled one, turn 3 by none, turn 1 has no label."""
     w, policy = opened_place
     w = replace(w, cfg=replace(w.cfg, max_new_tokens=60))
-    examples = selfemo.templates(w, policy)
+    examples = coldstart.templates(w, policy)
     by_id = {s.id: s for s in w.originals}
     assert sorted(x.sample_id for x in examples) == [f"tiny/train/d{i}/2" for i in range(8)]
     for x in examples:
         assert x.ids[-1] in w.eos
         assert list(x.prompt_ids) == w.encode(by_id[x.sample_id])[0]
-        assert text_of(w, x) == data.dataset_target(by_id[x.sample_id])
-    assert selfemo.templates(replace(w, cfg=replace(w.cfg, max_new_tokens=5)), policy) == []
+        assert text_of(w, x) == coldstart.dataset_target(by_id[x.sample_id])
+    assert coldstart.templates(replace(w, cfg=replace(w.cfg, max_new_tokens=5)), policy) == []
 
 
 def test_a_target_ends_with_the_stop_token_of_the_chat(opened_place):
@@ -734,7 +752,7 @@ def test_a_target_ends_with_the_stop_token_of_the_chat(opened_place):
     own = w.tokenizer.eos_token_id
     assert own > 0
     two = replace(w, eos=frozenset({0, own}), cfg=replace(w.cfg, max_new_tokens=60))
-    assert {x.ids[-1] for x in selfemo.templates(two, policy)} == {own}
+    assert {x.ids[-1] for x in coldstart.templates(two, policy)} == {own}
 
 
 def test_d17_none_learns_nothing(place, tmp_path):
@@ -787,11 +805,11 @@ def test_a_run_is_scored_on_dev_and_its_end_once_on_test(monkeypatch, tmp_path):
     def evaluation(run, w, policy, sets, k, t, name, when):
         seen.append((name, when, {label: [s.id for s in own] for label, own in sets.items()}))
 
-    monkeypatch.setattr(selfemo, "evaluation", evaluation)
+    monkeypatch.setattr(evaluate, "on_sets", evaluation)
     monkeypatch.setattr(selfemo, "export", lambda *_: None)
     monkeypatch.setattr(selfemo, "stage_steps", lambda *_: iter([(0, None)]))
     w = replace(world(1), dev=(sample("x", id="w/dev/x"),), test=(sample("y", id="w/test/y"),))
-    selfemo.evaluate_dev(desk(), w, None, 1, 0, "RL step 0")
+    evaluate.on_dev(desk(), w, None, 1, 0, "RL step 0")
     selfemo.finish(desk(tmp_path), w, None)
     dev, test = {"w": ["w/dev/x"]}, {"w": ["w/test/y"]}
     assert seen == [("eval", "RL step 0", dev), ("eval", "after SFT 2", dev), ("test", "test", test)]
@@ -824,7 +842,7 @@ def test_every_root_is_a_train_dialogue_and_no_sample_of_the_selfemo_test_enters
 
 def test_d23_the_selfemo_test_split_is_made_of_dev_once(finished, place):
     """At most one new sample a dev sample, by Eq. 7; scored from the cold start on, and not before."""
-    frozen = [data.sample_from_record(x) for x in lines(finished / "selfemo_test.jsonl")]
+    frozen = [sample_from_record(x) for x in lines(finished / "selfemo_test.jsonl")]
     dev = {s.id: s for s in opened(place).dev}
     assert [x.id for x in frozen] == [f"{x.parent}+0" for x in frozen]
     assert len({x.parent for x in frozen}) == len(frozen) <= len(dev)
@@ -878,13 +896,10 @@ def test_the_returned_model_is_the_one_after_sft(finished):
 
 
 def test_a_run_passes_its_audit(finished, monkeypatch, capsys):
-    import evaluate
 
     assert audit.audit(finished).problems == ()
     monkeypatch.setattr("sys.argv", ["evaluate.py", "audit", str(finished)])
-    with pytest.raises(SystemExit) as stopped:
-        evaluate.main()
-    assert stopped.value.code in (0, None)
+    assert evaluate.main() == 0
     assert "0 differences" in capsys.readouterr().out
 
 
@@ -917,9 +932,9 @@ def test_d13_from_base_every_retraining_begins_at_the_start_model(from_base, pla
     w = opened(place)
     cold = {x["sample_id"]: x for x in lines(from_base / "cold_start.jsonl")}
     newest = cold | {x["sample_id"]: x for x in lines(from_base / "buffer.jsonl")}
-    order = selfemo.shuffled([Example(k, x["prompt_ids"], x["ids"]) for k, x in newest.items()], "0/sft/4")
+    order = draws.shuffled([Example(k, x["prompt_ids"], x["ids"]) for k, x in newest.items()], "0/sft/4")
     policy = Policy.load(place.root / "base")
-    loss = selfemo.sft_step(policy, learner(policy, CFG), order[:6], w.cfg)["loss/sft"]
+    loss = coldstart.sft_step(policy, learner(policy, CFG), order[:6], w.cfg)["loss/sft"]
     logged = [m["loss/sft"] for m in lines(from_base / "metrics.jsonl") if "loss/sft" in m and m["iteration"] == 2]
     assert len(logged) == math.ceil(len(newest) / 6)
     assert logged[0] == pytest.approx(loss, rel=1e-5)
@@ -939,7 +954,7 @@ def test_d27_from_base_without_self_play_keeps_what_rl_has_learnt(place, tmp_pat
 
 def poisoned(nth, *, loss_too):
     """A policy_loss whose nth call has a gradient that is not a number."""
-    inner, calls = selfemo.policy_loss, itertools.count(1)
+    inner, calls = grpo.policy_loss, itertools.count(1)
 
     def poison(logp_BT, *args, **settings):
         loss, found = inner(logp_BT, *args, **settings)
@@ -962,7 +977,7 @@ def test_a_nan_stops_the_run_names_step_and_samples_and_trains_nothing(place, fi
         return inner(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(selfemo, "policy_loss", poisoned(8, loss_too=loss_too))
+        patch.setattr(grpo, "policy_loss", poisoned(8, loss_too=loss_too))
         patch.setattr(torch.optim.AdamW, "step", counted)
         status, _, complained = place.run(out, "--save_every", 1, "--micro_batch", 3)
     assert status == 3
@@ -979,7 +994,7 @@ def test_a_nan_stops_the_run_names_step_and_samples_and_trains_nothing(place, fi
 def test_the_advice_after_a_nan_can_be_followed(place, tmp_path, monkeypatch):
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(selfemo, "policy_loss", poisoned(1, loss_too=True))
+        patch.setattr(grpo, "policy_loss", poisoned(1, loss_too=True))
         status, _, complained = place.run(out, "--iterations", 1, "--steps", 1)
     assert status == 3
     assert "lower --lr" in complained
@@ -991,7 +1006,7 @@ def test_after_a_nan_in_the_first_step_the_stage_begins_again(place, finished, t
     become those of a policy that has moved. Taken up again it is the run that never failed."""
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(selfemo, "policy_loss", poisoned(4, loss_too=True))  # three micro-batches in the first mini-batch
+        patch.setattr(grpo, "policy_loss", poisoned(4, loss_too=True))  # three micro-batches in the first mini-batch
         assert place.run(out)[0] == 3
     assert place.run(out, resume=True)[0] == 0
     assert results(out) == results(finished)
@@ -1008,8 +1023,8 @@ def test_a_model_of_nans_is_one_line(place, tmp_path):
 
 
 def test_a_nan_in_supervised_fine_tuning_stops_the_run(place, tmp_path, monkeypatch):
-    inner = selfemo.sft_step
-    monkeypatch.setattr(selfemo, "sft_step", lambda *args: {**inner(*args), "grad_norm": math.inf})
+    inner = coldstart.sft_step
+    monkeypatch.setattr(coldstart, "sft_step", lambda *args: {**inner(*args), "grad_norm": math.inf})
     status, _, complained = place.run(tmp_path / "run")
     assert status == 3
     assert "grad_norm" in complained

@@ -15,18 +15,22 @@ from hypothesis import strategies as st
 
 import data
 import evaluate
-import toy
-from data import Failure, Output, Turn
-from model import Group, Policy, eos_ids, load_tokenizer
+from common.hub import eos_ids, load_tokenizer
+from corpora import loading
+from corpora.dialogue import Turn
+from data import Failure, Output
+from model import Group, Policy
+from toy import base, world
+from toy.world import LABELS
 
 SPLITS = ("train", "dev", "test")
 SEEDS = (0, 1, 2)
-REPO = Path(toy.__file__).parent
+REPO = Path(base.__file__).parent
 
 
 def masked(text):
     """The text without names."""
-    for name in toy.NAMES:
+    for name in world.NAMES:
         text = text.replace(name, "*")
     return text
 
@@ -40,7 +44,7 @@ def folders(tmp_path_factory):
     """The dialogues of three seeds."""
     root = tmp_path_factory.mktemp("toy")
     for seed in SEEDS:
-        toy._write_world(root / str(seed), seed)
+        base.write_world(root / str(seed), seed)
     return {seed: root / str(seed) for seed in SEEDS}
 
 
@@ -48,7 +52,7 @@ def folders(tmp_path_factory):
 def samples(folders):
     """Samples by seed and split, read as any other dataset is."""
     return {
-        seed: {split: data.samples(data.load("toy", folder, split), data.label_set("toy", folder)) for split in SPLITS}
+        seed: {split: data.samples(loading.load("toy", folder, split), loading.label_set("toy", folder)) for split in SPLITS}
         for seed, folder in folders.items()
     }
 
@@ -57,7 +61,7 @@ def samples(folders):
 def base(tmp_path_factory, samples):
     """A base model after two steps: everything but what it knows."""
     folder = tmp_path_factory.mktemp("toy") / "base"
-    toy._write_base(folder, samples[0]["train"][:40], 0, steps=2)
+    base.write_base(folder, samples[0]["train"][:40], 0, steps=2)
     return folder
 
 
@@ -65,7 +69,7 @@ def base(tmp_path_factory, samples):
 def tokenizer(samples):
     """The tokenizer as it is built, of prompts and gold answers."""
     train = samples[0]["train"]
-    return toy._tokenizer(rendered(train), [toy.gold_target(s) for s in train])
+    return base.tokenizer(rendered(train), [world.gold_target(s) for s in train])
 
 
 def rendered(samples):
@@ -78,7 +82,7 @@ def rendered(samples):
 
 def test_a_seed_decides_the_world(folders, tmp_path):
     """Byte for byte; another seed is another world."""
-    toy._write_world(tmp_path / "again", 0)
+    base.write_world(tmp_path / "again", 0)
     for name in ("train.jsonl", "dev.jsonl", "test.jsonl", "labels.json"):
         assert (tmp_path / "again" / name).read_bytes() == (folders[0] / name).read_bytes()
     assert (folders[0] / "train.jsonl").read_bytes() != (folders[1] / "train.jsonl").read_bytes()
@@ -87,14 +91,14 @@ def test_a_seed_decides_the_world(folders, tmp_path):
 @pytest.mark.parametrize("seed", SEEDS)
 def test_there_is_enough_of_it(samples, folders, seed):
     """A few hundred dialogues, at least 400 held-out samples in dev and in test, the seven labels in MELD's order."""
-    sizes = {split: len(data.load("toy", folders[seed], split)) for split in SPLITS}
+    sizes = {split: len(loading.load("toy", folders[seed], split)) for split in SPLITS}
     assert sizes == {"train": 320, "dev": 120, "test": 120}
     assert 1150 <= len(samples[seed]["train"]) <= 1300
     assert min(len(samples[seed]["dev"]), len(samples[seed]["test"])) >= 400
     assert json.loads((folders[seed] / "labels.json").read_text()) == [
         "neutral", "surprise", "fear", "sadness", "joy", "disgust", "anger",
     ]  # fmt: skip
-    assert {top(s.gold) for split in SPLITS for s in samples[seed][split]} == set(toy.LABELS)
+    assert {top(s.gold) for split in SPLITS for s in samples[seed][split]} == set(LABELS)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -109,7 +113,7 @@ def test_the_split_is_a_fair_draw(samples):
     share = {
         split: Counter(top(s.gold) for seed in SEEDS for s in samples[seed][split]) for split in ("train", "test")
     }
-    for label in toy.LABELS:
+    for label in LABELS:
         train, test = (share[split][label] / share[split].total() for split in ("train", "test"))
         assert abs(train - test) < 0.04
 
@@ -122,7 +126,7 @@ def test_the_last_utterance_does_not_decide(samples):
     seen = defaultdict(Counter)
     for sample in samples[0]["train"]:
         seen[masked(sample.context[-1].text)][top(sample.gold)] += 1
-    assert all(len(seen[cry]) >= 4 for cry in toy.CRIES)
+    assert all(len(seen[cry]) >= 4 for cry in world.CRIES)
     test = [s for s in samples[0]["test"] if masked(s.context[-1].text) in seen]
     right = sum(seen[masked(s.context[-1].text)].most_common(1)[0][0] == top(s.gold) for s in test)
     assert len(test) > 400 and right / len(test) < 0.8
@@ -133,7 +137,7 @@ def test_the_whole_context_decides(samples):
     found = defaultdict(set)
     for split in SPLITS:
         for s in samples[0][split]:
-            who = tuple(toy.CHARACTERS[t.speaker].sheet for t in s.context)
+            who = tuple(world.CHARACTERS[t.speaker].sheet for t in s.context)
             found[masked("\n".join(t.text for t in s.context)), who].add(json.dumps(s.gold, sort_keys=True))
     assert max(map(len, found.values())) == 1
 
@@ -156,7 +160,7 @@ def test_gold_is_often_soft(samples, seed):
     ],
 )
 def test_feelings_by_hand(news, tie, clear, felt):
-    assert toy.feel(news, tie, clear=clear) == felt
+    assert world.feel(news, tie, clear=clear) == felt
 
 
 @pytest.mark.parametrize(
@@ -175,15 +179,15 @@ def test_feelings_by_hand(news, tie, clear, felt):
 def test_what_a_persona_answers_with(name, heard, felt):
     """The next turn depends on persona and emotion. The heavier of two heard emotions counts."""
     other = "neutral" if heard != "neutral" else "joy"
-    assert toy.answer(toy.CHARACTERS[name], {other: 0.35, heard: 0.65}) == {felt: 1.0}
+    assert world.answer(world.CHARACTERS[name], {other: 0.35, heard: 0.65}) == {felt: 1.0}
 
 
 def test_sheets(samples):
     """Twelve characters with six sheets; a responder has the sheet of its name, in every split."""
-    assert len(toy.CHARACTERS) == 12 and len({p.sheet for p in toy.CHARACTERS.values()}) == 6
+    assert len(world.CHARACTERS) == 12 and len({p.sheet for p in world.CHARACTERS.values()}) == 6
     for split in SPLITS:
         for sample in samples[0][split]:
-            assert sample.responder.persona == toy.CHARACTERS[sample.responder.name].sheet
+            assert sample.responder.persona == world.CHARACTERS[sample.responder.name].sheet
             assert sample.responder.name != sample.context[-1].speaker
 
 
@@ -195,7 +199,7 @@ def test_the_surface_reader_is_superficial(samples, seed):
     """Better than the majority class and far from right, on dev and test."""
     for split in ("dev", "test"):
         held_out = samples[seed][split]
-        read = [Output("", dict(toy.surface_reader(s)), {}, "", {}) for s in held_out]
+        read = [Output("", dict(world.surface_reader(s)), {}, "", {}) for s in held_out]
         found = evaluate.score(held_out, read).metrics()["acc"]
         assert evaluate.majority(held_out).metrics()["acc"] + 0.1 < found
         assert 0.45 < found < 0.6
@@ -216,36 +220,36 @@ def test_the_surface_reader_is_superficial(samples, seed):
 )
 def test_what_the_surface_reader_reads(samples, text, read):
     sample = samples[0]["test"][0]
-    assert toy.surface_reader(replace(sample, context=(Turn("Noor", text),))) == read
+    assert world.surface_reader(replace(sample, context=(Turn("Noor", text),))) == read
 
 
 def test_the_surface_reader_is_blind_to_the_context(samples):
     """It says the same when everything before the last turn is taken away."""
     for sample in samples[0]["test"]:
-        assert toy.surface_reader(replace(sample, context=sample.context[-1:])) == toy.surface_reader(sample)
+        assert world.surface_reader(replace(sample, context=sample.context[-1:])) == world.surface_reader(sample)
 
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_gold_targets_follow_the_rule(samples, split):
     """Every one parses, says gold, and answers with the real next turn and its label where there is one."""
     for sample in samples[0][split]:
-        found = data.parse_output(toy.gold_target(sample), sample.labels)
+        found = data.parse_output(world.gold_target(sample), sample.labels)
         assert isinstance(found, Output) and found.last_emotions == sample.gold
         if sample.following is not None:
             assert (found.my_output, found.my_emotions) == (sample.following.text, sample.following.label)
         else:
-            persona = toy.CHARACTERS[sample.responder.name]
-            assert (found.my_output, found.my_emotions) == (persona.answer, toy.answer(persona, sample.gold))
+            persona = world.CHARACTERS[sample.responder.name]
+            assert (found.my_output, found.my_emotions) == (persona.answer, world.answer(persona, sample.gold))
 
 
 def test_a_thought_reads_the_context(samples):
     """The reading in a gold target's thought leads to the gold emotion by the table of feelings."""
     read = 0
     for sample in samples[0]["test"]:
-        words = toy.gold_target(sample).replace(":", "").replace(",", "").split()
+        words = world.gold_target(sample).replace(":", "").replace(",", "").split()
         if "tie" in words and "news" in words:
             tie, news = words[words.index("tie") - 1], words[words.index("news") - 1]
-            assert toy.FEELINGS[news, tie][0] == top(sample.gold)
+            assert world.FEELINGS[news, tie][0] == top(sample.gold)
             read += 1
     assert read > 150
 
@@ -256,12 +260,12 @@ def test_a_thought_reads_the_context(samples):
 def test_lessons_are_imperfect(samples):
     """Of 2,000 lessons a tenth breaks the rule, some list two emotions, and gold is the minority's."""
     rng = random.Random(0)
-    unsure = [s for s in samples[0]["train"] if dict(toy.surface_reader(s)) != s.gold]
-    read = [(s, data.parse_output(toy._lesson(s, rng), s.labels)) for s in rng.choices(unsure, k=2000)]
+    unsure = [s for s in samples[0]["train"] if dict(world.surface_reader(s)) != s.gold]
+    read = [(s, data.parse_output(base.lesson(s, rng), s.labels)) for s in rng.choices(unsure, k=2000)]
     valid = [(s, p) for s, p in read if isinstance(p, Output)]
     assert 0.88 < len(valid) / len(read) < 0.92
     gold = sum(p.last_emotions == s.gold for s, p in valid) / len(valid)
-    surface = sum(p.last_emotions == toy.surface_reader(s) for s, p in valid) / len(valid)
+    surface = sum(p.last_emotions == world.surface_reader(s) for s, p in valid) / len(valid)
     assert 0.3 < gold < 0.42 and 0.42 < surface < 0.62
     assert {len(p.last_emotions) for _, p in valid} == {1, 2}
 
@@ -269,7 +273,7 @@ def test_lessons_are_imperfect(samples):
 def test_every_slip_breaks_the_rule(samples):
     """And they are four different ones."""
     sample = samples[0]["train"][0]
-    broken = {toy._slip(toy.gold_target(sample), random.Random(seed)) for seed in range(40)}
+    broken = {base.slip(world.gold_target(sample), random.Random(seed)) for seed in range(40)}
     found = [data.parse_output(text, sample.labels) for text in broken]
     assert len(broken) == 4 and all(isinstance(p, Failure) for p in found)
 
@@ -288,8 +292,8 @@ def test_targets_survive_the_tokenizer(base, samples):
     """From text to ids with the stop token, and back as an answer is read."""
     tokenizer = load_tokenizer(base)
     for sample in samples[0]["test"][:100]:
-        text = toy.gold_target(sample)
-        ids = tokenizer.encode(text + toy.END)
+        text = world.gold_target(sample)
+        ids = tokenizer.encode(text + base.END)
         assert ids[-1] == tokenizer.eos_token_id and ids.count(tokenizer.eos_token_id) == 1
         assert data.answer_text(tokenizer, ids, {tokenizer.eos_token_id}, "") == text
 
@@ -300,7 +304,7 @@ def test_prompts_and_answers_are_short(samples, tokenizer):
     prompts = rendered(test)
     lengths = [len(data.encode(tokenizer, s, data.DEFAULT)[0]) for s in test]
     assert len(tokenizer) == 900 and 60 < sum(lengths) / len(lengths) < 85 and max(lengths) < 128
-    assert 25 < sum(len(tokenizer.encode(toy.gold_target(s))) for s in test) / len(test) < 42
+    assert 25 < sum(len(tokenizer.encode(world.gold_target(s))) for s in test) / len(test) < 42
     fixed = [line for line in prompts[0].splitlines() if all(line in p.splitlines() for p in prompts)]
     assert len(fixed) >= 4 and all(len(tokenizer.encode(line)) == 1 for line in fixed if line)
 
@@ -327,7 +331,7 @@ def test_size_of_the_model(tokenizer):
 
     A layer: q and o 128 x 128, k and v 128 x 64, three matrices 128 x 384, norms 2 * 128 + 2 * 32.
     """
-    policy = toy._new_policy(tokenizer)
+    policy = base.new_policy(tokenizer)
     assert sum(p.numel() for p in policy.parameters()) == 509184
 
 
@@ -335,9 +339,9 @@ def test_a_seed_decides_the_base_model(base, samples, tmp_path):
     """Weights and tokenizer byte for byte, whatever the state of torch's generator, which is left as it was."""
     torch.manual_seed(123)
     before = torch.get_rng_state()
-    toy._write_base(tmp_path / "again", samples[0]["train"][:40], 0, steps=2)
+    base.write_base(tmp_path / "again", samples[0]["train"][:40], 0, steps=2)
     assert torch.equal(torch.get_rng_state(), before)
-    toy._write_base(tmp_path / "other", samples[0]["train"][:40], 1, steps=2)
+    base.write_base(tmp_path / "other", samples[0]["train"][:40], 1, steps=2)
     for name in ("model.safetensors", "tokenizer.json"):
         assert (tmp_path / "again" / name).read_bytes() == (base / name).read_bytes()
     assert (tmp_path / "other" / "model.safetensors").read_bytes() != (base / "model.safetensors").read_bytes()
@@ -347,11 +351,11 @@ def test_teaching_teaches(samples, tokenizer):
     """25 steps on one lesson make it the likely answer."""
     sample = samples[0]["train"][0]
     torch.manual_seed(0)
-    policy = toy._new_policy(tokenizer)
-    answer = tokenizer.encode(toy.gold_target(sample) + toy.END)
+    policy = base.new_policy(tokenizer)
+    answer = tokenizer.encode(world.gold_target(sample) + base.END)
     lesson = Group(data.encode(tokenizer, sample, data.DEFAULT)[0], [answer])
     start = policy([lesson])[0].sum().item() / len(answer)
-    toy._teach(policy, iter([lesson] * 25 * toy.GROUPS), 25)
+    base.teach(policy, iter([lesson] * 25 * base.GROUPS), 25)
     assert start < -5 and policy([lesson])[0].sum().item() / len(answer) > -0.3
 
 
@@ -370,18 +374,18 @@ def test_build_writes_both_folders_or_neither(tmp_path, monkeypatch):
         raise RuntimeError("no space")
 
     root = tmp_path / "deep" / "toy"
-    monkeypatch.setattr(toy, "_write_base", good)
-    toy.build(root)
+    monkeypatch.setattr(base, "write_base", good)
+    base.build(root)
     assert sorted(p.name for p in root.iterdir()) == ["base", "world"]
     assert (root / "base" / "config.json").read_text() == "0 True"
     world = (root / "world" / "train.jsonl").read_bytes()
-    monkeypatch.setattr(toy, "_write_base", bad)
+    monkeypatch.setattr(base, "write_base", bad)
     with pytest.raises(RuntimeError, match="no space"):
-        toy.build(root, seed=1)
+        base.build(root, seed=1)
     assert sorted(p.name for p in root.iterdir()) == ["base", "world"]
     assert (root / "world" / "train.jsonl").read_bytes() == world
-    monkeypatch.setattr(toy, "_write_base", good)
-    toy.build(root, seed=1)
+    monkeypatch.setattr(base, "write_base", good)
+    base.build(root, seed=1)
     assert (root / "world" / "train.jsonl").read_bytes() != world
     assert (root / "base" / "config.json").read_text() == "1 True"
 

@@ -11,8 +11,9 @@ from tiny import tiny
 
 import selfemo
 from model import Policy
-from selfemo import Example, Scores, mini_batch
-from world import Buffer, answer
+from selfemo import mini_batch
+from training import coldstart
+from training.task import Buffer, answer
 
 
 def test_the_sampling_temperature_is_in_every_log_prob(place, tmp_path):
@@ -33,7 +34,7 @@ def test_a_stop_token_that_is_also_the_padding_token_is_trained():
     scores = measured(policy, batch, CFG, noise=0)
     before = policy([batch[0].group])[0][0, 0].item()
     teacher = learner(policy, replace(CFG, lr=1e-3))
-    mini_batch(policy, teacher, batch, scores, CFG)
+    mini_batch(policy, teacher, batch, *scores, CFG)
     teacher.optimizer.step()
     assert policy([batch[0].group])[0][0, 0].item() > before
 
@@ -41,11 +42,11 @@ def test_a_stop_token_that_is_also_the_padding_token_is_trained():
 def test_the_tokens_that_were_sampled_are_learnt_not_their_text(monkeypatch):
     """Decoding and encoding again is no identity: the retraining would learn tokens that the policy never wrote."""
     found = []
-    monkeypatch.setattr(selfemo, "sft", lambda run, world, policy, stage, examples, lr: found.extend(examples))
+    monkeypatch.setattr(coldstart, "sft", lambda run, world, policy, stage, examples, lr: found.extend(examples))
     w = world(1)
     odd = (11, 12, 11, 11, 9)  # no tokenizer is at hand: nothing can be encoded again
     selfemo.retrain(desk(stage=2, step=1), w, None, Buffer(w.originals, (kept("w/train/0", 1, ids=odd),)), 1)
-    assert found == [Example("w/train/0", (5,), odd)]
+    assert [(x.sample_id, x.prompt_ids, x.ids) for x in found] == [("w/train/0", (5,), odd)]
 
 
 def test_groups_without_spread_have_no_policy_gradient_but_still_feel_the_kl():
@@ -53,9 +54,9 @@ def test_groups_without_spread_have_no_policy_gradient_but_still_feel_the_kl():
     batch = [scored("a", (0.0, 0.0, 0.0), (4, 5, 6))]
     policy = Policy(tiny())
     scores = measured(policy, batch, CFG)
-    logp = selfemo.logprobs(policy, [batch[0].group], CFG)
-    assert mini_batch(policy, learner(policy, CFG), batch, Scores(scores.old, logp), CFG)[0]["grad_norm"] < 1e-12
-    assert mini_batch(policy, learner(policy, CFG), batch, scores, CFG)[0]["grad_norm"] > 1e-3
+    logp_BT = selfemo.logprobs(policy, batch, CFG)
+    assert mini_batch(policy, learner(policy, CFG), batch, scores[0], logp_BT, CFG)[0]["grad_norm"] < 1e-12
+    assert mini_batch(policy, learner(policy, CFG), batch, *scores, CFG)[0]["grad_norm"] > 1e-3
 
 
 def test_a_small_rate_still_moves_the_weights():
@@ -137,7 +138,7 @@ def test_a_child_has_a_stream_of_its_own_and_learns_from_its_own_prompt(place):
     child = replace(parent, id=f"{parent.id}+1", context=(*parent.context, parent.context[-1]))
     policy = Policy.load(place.root / "base")
     answers = answer(w, policy, [parent, child], n=3, temperature=1.0, step=0)
-    first, second = selfemo.score(w, [parent, child], answers, 0.5, 1)
+    first, second = selfemo.score(w, [parent, child], answers, 0.5)
     assert list(second.prompt_ids) == w.encode(child)[0] != list(first.prompt_ids)
 
 
@@ -146,7 +147,7 @@ def test_advantages_are_taken_within_a_group(place):
     w = opened(place)
     policy = Policy.load(place.root / "base")
     chosen = w.originals[:6]
-    groups = selfemo.score(w, chosen, answer(w, policy, chosen, n=4, temperature=1.0, step=0), 0.5, 1)
+    groups = selfemo.score(w, chosen, answer(w, policy, chosen, n=4, temperature=1.0, step=0), 0.5)
     assert any(any(g.advantages) for g in groups)
     assert [abs(math.fsum(g.advantages)) < 1e-9 for g in groups] == [True] * 6
     assert all(max(map(abs, g.advantages)) <= 1.5 + 0.75 + 1e-9 for g in groups)  # (n - 1)/sqrt(n) = 1.5 a term
@@ -156,9 +157,10 @@ def test_an_invalid_answer_earns_nothing_and_names_no_emotion(place):
     w = opened(place)
     policy = Policy.load(place.root / "base")
     w = replace(w, cfg=replace(w.cfg, max_new_tokens=4))
-    (group,) = selfemo.score(w, w.originals[:1], answer(w, policy, w.originals[:1], n=3, temperature=1.0, step=0), 0.5, 1)
+    (group,) = selfemo.score(w, w.originals[:1], answer(w, policy, w.originals[:1], n=3, temperature=1.0, step=0), 0.5)
     assert (group.rewards, group.consistencies, group.advantages, group.core) == ((0.0,) * 3, (0.0,) * 3, (0.0,) * 3, {})
-    assert (group.selection.index, group.selection.why) == (None, "rule")
+    (chosen,) = selfemo.select(w, [group], 1)
+    assert (chosen.index, chosen.why) == (None, "rule")
 
 
 def test_synthetic_samples_share_the_label_set_of_their_root():

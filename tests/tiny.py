@@ -12,7 +12,8 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
 
-from model import ATTENTION, quiet_transformers
+from common.hub import quiet_transformers
+from model import ATTENTION
 
 V = 97  # vocabulary
 torch.set_num_threads(1)  # on a busy machine a second thread makes such small products some 50 times slower

@@ -23,14 +23,15 @@ from typing import Any, Literal
 
 import tyro
 
-import config
-import toy
-from config import MAY_DIFFER, PRESETS, Config, Pairs, pairs
-from data import UserError, refuse
-from evaluate import averaged, top_label
-from runs import jsonl, read_json, read_lines, write_atomically
-from table1 import markdown
-from world import read_samples, read_splits
+import data
+from analysis.table1 import averaged, markdown
+from common.errors import UserError, command
+from common.files import jsonl, read_json, read_lines, write_atomically
+from common.flags import Pairs, pairs
+from toy import base
+from training import config
+from training.config import MAY_DIFFER, PRESETS, Config
+from training.task import read_samples, read_splits
 
 SELFEMO = Path(__file__).resolve().parent.parent / "selfemo.py"
 ONE_HOT = "one-hot-gold.jsonl"
@@ -119,7 +120,7 @@ def chosen(rows: Sequence[Row], names: Sequence[str]) -> list[Row]:
 def one_hot_gold(cfg: Config) -> list[dict[str, Any]]:
     """The training samples' heaviest gold label alone, as lines of a --gold file."""
     train = [s for (_, split), own in read_samples(cfg, pairs("data", cfg.data)).items() if split == "train" for s in own]
-    return [{"id": sample.id, "weights": {top_label(sample.gold): 1.0}} for sample in train]
+    return [{"id": sample.id, "weights": {data.heaviest(sample.gold): 1.0}} for sample in train]
 
 
 def job(args: Ablate, extra: Sequence[str], row: Row, seed: int) -> Job:
@@ -288,7 +289,7 @@ def ablate(args: Ablate, extra: Sequence[str]) -> int:
     cfg = config.parse(("--preset", args.preset, *extra))
     if cfg.model == PRESETS["toy"].model and not Path(cfg.model).exists():
         print("building the toy world in data/toy (once)", flush=True)
-        toy.build()
+        base.build()
     gold = one_hot_gold(cfg)
     train = read_splits(cfg)["train"]
     expert = [x for flag in ("expert", "expert_model") for value in getattr(args, flag) for x in (f"--{flag}", value)]
@@ -310,20 +311,18 @@ def ablate(args: Ablate, extra: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command line. 2: a mistake of the user's; 130: stopped."""
-    argv = list(argv)
-    cut = argv.index("--") if "--" in argv else len(argv)
-    args = tyro.cli(Ablate, args=argv[:cut], use_underscores=True)
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        return ablate(args, argv[cut + 1 :])
-    except (UserError, OSError) as error:
-        return refuse(error)
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
-        return 130
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    """Run the command line; see `common.errors.command` for the exit status."""
+
+    def work() -> int:
+        cut = argv.index("--") if "--" in argv else len(argv)
+        args = tyro.cli(Ablate, args=list(argv[:cut]), use_underscores=True)
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            return ablate(args, argv[cut + 1 :])
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    return command(work, kept="the same command goes on")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from metrics import mean
+from training.metrics import mean
 
 Lines = Sequence[Mapping[str, Any]]
 

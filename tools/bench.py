@@ -26,10 +26,10 @@ from typing import Any, Literal
 import tyro
 
 import data
-import toy
-from config import Pairs, pairs
-from data import UserError, refuse
-from model import load_tokenizer
+from common.errors import UserError, command
+from common.flags import Pairs, pairs
+from common.hub import load_tokenizer
+from toy import base
 
 ROOT = Path(__file__).parent.parent
 
@@ -99,7 +99,7 @@ class Side:
         self.name = name
         self.log = tempfile.NamedTemporaryFile("w+", prefix=f"{name}-", suffix=".log")  # noqa: SIM115 (closed with this object)
         self.process = subprocess.Popen(
-            [python, "-m", f"tools.peer_{name}", str(Path(cfg.model).resolve()), cfg.dtype],
+            [python, "-m", "tools.peers", name, str(Path(cfg.model).resolve()), cfg.dtype],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, env=environment, cwd=ROOT,
         )  # fmt: skip
         self.versions = self.read()
@@ -147,7 +147,7 @@ def prompts(work: Workload, cfg: Settings) -> list[list[int]]:
     if not cfg.data:
         return [[rng.randrange(10, 600) for _ in range(work.prompt_tokens)] for _ in range(work.prompts)]
     tokenizer = load_tokenizer(cfg.model)
-    found = [s for name, root in pairs("data", cfg.data).items() for s in samples(name, root)]
+    found = [s for name, root in pairs("data", cfg.data).items() for s in data.read_samples(name, root, "train")]
     pool = [data.encode(tokenizer, s, data.DEFAULT)[0] for s in rng.sample(found, min(600, len(found)))]
     near = sorted(pool, key=lambda ids: abs(len(ids) - work.prompt_tokens))[: work.prompts]
     if len(near) == work.prompts and abs(len(near[-1]) - work.prompt_tokens) <= 0.1 * work.prompt_tokens:
@@ -155,11 +155,6 @@ def prompts(work: Workload, cfg: Settings) -> list[list[int]]:
     stream = [token for ids in pool for token in ids]
     starts = [rng.randrange(len(stream) - work.prompt_tokens) for _ in range(work.prompts)]
     return [stream[start : start + work.prompt_tokens] for start in starts]
-
-
-def samples(name: str, root: str) -> list[data.Sample]:
-    """Training samples of a dataset."""
-    return data.samples(data.load(name, root, "train"), data.label_set(name, root))
 
 
 def measure(work: Workload, cfg: Settings, opened: Sequence[Side]) -> list[dict[str, Any]]:
@@ -245,7 +240,7 @@ def bench(cfg: Settings) -> None:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         if not cfg.model:
-            toy.untaught(Path(folder) / "base")
+            base.untaught(Path(folder) / "base")
             cfg = replace(cfg, model=str(Path(folder) / "base"))
         with sides(cfg) as opened:
             for work in works:
@@ -258,12 +253,8 @@ def bench(cfg: Settings) -> None:
 
 
 def main() -> int:
-    """Exit status 2 for a user's mistake."""
-    try:
-        bench(tyro.cli(Settings, use_underscores=True, description=__doc__))
-    except (UserError, OSError) as error:
-        return refuse(error)
-    return 0
+    """Run the command line; see `common.errors.command` for the exit status."""
+    return command(lambda: bench(tyro.cli(Settings, use_underscores=True, description=__doc__)))
 
 
 if __name__ == "__main__":

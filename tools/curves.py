@@ -18,9 +18,9 @@ from typing import Any
 
 import tyro
 
-from config import Pairs, pairs
-from data import UserError, refuse
-from runs import Record, read_json, read_lines, write_atomically
+from common.errors import UserError, command
+from common.files import Record, read_json, read_lines, write_atomically
+from common.flags import Pairs, pairs
 from tools.charts import HEIGHT, LEFT, RIGHT, WIDTH, Chart, Drawing, Series, Timeline, average, draw
 from tools.report import place
 
@@ -225,9 +225,10 @@ def panel(drawing: Drawing, names: Sequence[str], runs: int) -> list[str]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command line. 2: a mistake of the user's."""
-    args = tyro.cli(Curves, args=list(argv), use_underscores=True)
-    try:
+    """Run the command line; see `common.errors.command` for the exit status."""
+
+    def work() -> None:
+        args = tyro.cli(Curves, args=list(argv), use_underscores=True)
         for name, run in pairs("keep", args.keep).items():
             found = kept(Path(run))
             lines = ",\n".join(json.dumps(line) for line in found.pop("lines"))
@@ -237,9 +238,8 @@ def main(argv: Sequence[str]) -> int:
             runs = {name: read_json(args.folder / f"{name}.json") for name in names}
             write_atomically(args.folder / f"{picture.name}.svg", svg(picture, runs))
             print(f"drew {args.folder / picture.name}.svg")
-    except (UserError, OSError) as error:
-        return refuse(error)
-    return 0
+
+    return command(work)
 
 
 if __name__ == "__main__":

@@ -13,12 +13,13 @@ from pathlib import Path
 
 import tyro
 
-from data import UserError, refuse
-from model import Policy, load_tokenizer, quiet_transformers
-from runs import newest_checkpoint, read_json
-from selfemo import export
-from shards import intact, read_part, weights
-from sums import SUMS
+from common.errors import UserError, command
+from common.files import SUMS, read_json
+from common.hub import load_tokenizer, quiet_transformers
+from engine.shards import intact, read_part, weights
+from model import Policy
+from training.export import export
+from training.folder import newest_checkpoint
 
 
 @dataclass(frozen=True)
@@ -53,15 +54,16 @@ def export_checkpoint(source: Path, out: Path) -> str:
     return f"{out}: {folder}, started from {model}"
 
 
-def main() -> None:
-    """Command line. Exit status 2: a mistake of the user's, in one line."""
-    quiet_transformers()
-    cfg = tyro.cli(Export)
-    try:
+def main() -> int:
+    """Run the command line; see `common.errors.command` for the exit status."""
+
+    def work() -> None:
+        quiet_transformers()
+        cfg = tyro.cli(Export)
         print(export_checkpoint(cfg.source, cfg.out))
-    except (UserError, OSError) as error:
-        sys.exit(refuse(error))
+
+    return command(work)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import tyro
 
-from data import UserError, refuse
-from runs import Record, read_json, read_lines, write_atomically
+from common.errors import UserError, command
+from common.files import Record, read_json, read_lines, write_atomically
 from tools.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, nice_ticks
 from tools.curves import legend, page
 
@@ -131,18 +131,18 @@ def ablations(table: Record) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command line. 2: a mistake of the user's."""
-    args = tyro.cli(Plots, args=list(argv), use_underscores=True)
-    try:
+    """Run the command line; see `common.errors.command` for the exit status."""
+
+    def work() -> None:
+        args = tyro.cli(Plots, args=list(argv), use_underscores=True)
         if not (args.growth or args.ablate):
             raise UserError("give --growth FILE or --ablate FILE")
         if args.growth:
             write_atomically(args.folder / "speed" / "growth.svg", growth(read_lines(Path(args.growth))))
         if args.ablate:
             write_atomically(args.folder / "ablations.svg", ablations(read_json(Path(args.ablate))))
-    except (UserError, OSError) as error:
-        return refuse(error)
-    return 0
+
+    return command(work)
 
 
 if __name__ == "__main__":

@@ -18,18 +18,21 @@ from typing import Any
 import torch
 import tyro
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-import audit
 import data
-from config import Config, of_run
-from data import Responder, Sample, UserError, refuse
+from analysis import audit
+from common.errors import UserError, command
+from common.files import Record, read_json, write_atomically
+from common.hub import load_tokenizer, quiet_transformers
+from data import Completion, Responder, Sample
+from engine.shards import read_part, weights
 from grpo import low_var_kl, policy_loss, token_weights
-from model import Policy, few_threads, load_tokenizer, quiet_transformers
-from runs import Learner, Record, ScoredGroup, read_json, write_atomically
-from selfemo import COLD_START_WEIGHTS, Scores, adamw, logprobs, mini_batch
-from shards import read_part, weights
-from world import Answer
+from model import Policy, few_threads
+from selfemo import COLD_START_WEIGHTS, answer_tokens, logprobs, mini_batch
+from training.coldstart import adamw
+from training.config import Config, of_run
+from training.folder import Learner
+from training.records import ScoredGroup
 
 GAP = 1e-3  # the most a log-prob of the replay may differ from the run's own
 LIKELIEST = 6  # tokens shown of a distribution, beside those that were said
@@ -50,11 +53,10 @@ class Replay:
 def scored(record: Record) -> ScoredGroup:
     """A recorded group as the update takes it: tokens and advantages; the rest is not looked at."""
     sample = Sample(record["sample_id"], record["dataset"], (), Responder("", None, "next"), (), record["gold"])
-    nothing = data.Failure("think", "")
-    answers = [Answer(tuple(a["ids"]), tuple(a["logprobs"]), a["finished"], "", nothing) for a in record["answers"]]
+    answers = [Completion(tuple(a["ids"]), tuple(a["logprobs"]), a["finished"]) for a in record["answers"]]
     columns = (tuple(a[name] for a in record["answers"]) for name in ("reward", "consistency", "advantage"))
     r, r2, A = columns
-    return ScoredGroup(sample, tuple(record["prompt_ids"]), tuple(answers), r, {}, r2, A, data.Selection(None, "off", None))
+    return ScoredGroup(sample, tuple(record["prompt_ids"]), tuple(answers), r, {}, r2, A)
 
 
 def replay(run: Path, sample_id: str) -> tuple[Record, Record]:
@@ -71,19 +73,19 @@ def replay(run: Path, sample_id: str) -> tuple[Record, Record]:
     for step, found in groupby(records, lambda record: record["step"]):
         group_records = list(found)
         groups = [scored(record) for record in group_records]
-        old, ref = (logprobs(p, [g.group for g in groups], cfg) for p in (policy, learner.reference))
-        sampled = [torch.tensor(a.logprobs) for g in groups for a in g.answers]
-        gap = max(gap, *((x - y).abs().max().item() for x, y in zip(old, sampled, strict=True)))
+        parts = [groups[i : i + cfg.mini_batch_prompts] for i in range(0, len(groups), cfg.mini_batch_prompts)]
+        before = [(logprobs(policy, part, cfg), logprobs(learner.reference, part, cfg)) for part in parts]
+        for part, (old_BT, _) in zip(parts, before, strict=True):
+            sampled_N = old_BT.new_tensor([x for g in part for a in g.answers for x in a.logprobs])
+            gap = max(gap, (answer_tokens(old_BT, part) - sampled_N).abs().max().item())
         if gap > GAP:
             raise UserError(f"{run}: the replay leaves the run at step {step}: a log-prob differs by {gap:.2g}")
-        for number, first in enumerate(range(0, len(groups), cfg.mini_batch_prompts)):
-            part = groups[first : first + cfg.mini_batch_prompts]
-            rows = slice(first * cfg.n, (first + len(part)) * cfg.n)
+        for number, (part, (old_BT, ref_BT)) in enumerate(zip(parts, before, strict=True)):
             if sample_id in (g.sample.id for g in part):
                 record = next(r for r in group_records if r["sample_id"] == sample_id)
-                seen = measured(policy, part, old[rows], ref[rows], cfg, sample_id, load_tokenizer(cfg.model))
+                seen = measured(policy, part, old_BT, ref_BT, cfg, sample_id, load_tokenizer(cfg.model))
                 return record, {"mini_batch": number, "largest_gap": gap, **seen}
-            mini_batch(policy, learner, part, Scores(old[rows], ref[rows]), cfg)
+            mini_batch(policy, learner, part, old_BT, ref_BT, cfg)
             learner.apply()
     raise AssertionError("the sample is among the records")
 
@@ -91,8 +93,8 @@ def replay(run: Path, sample_id: str) -> tuple[Record, Record]:
 def measured(
     policy: Policy,
     part: Sequence[ScoredGroup],
-    old: list[Tensor],
-    ref: list[Tensor],
+    old_BT: Tensor,
+    ref_BT: Tensor,
     cfg: Config,
     sample_id: str,
     tokenizer: Any,
@@ -109,7 +111,6 @@ def measured(
     hook.remove()
     logp_BT.retain_grad()
     lengths = [len(a.ids) for g in part for a in g.answers]
-    old_BT, ref_BT = (pad_sequence(x, batch_first=True) for x in (old, ref))
     w_BT = token_weights(lengths, cfg.loss_mean, max(lengths)).to(logp_BT.dtype)
     adv_B = torch.tensor([a for g in part for a in g.advantages], dtype=torch.float64)
     loss, _ = policy_loss(logp_BT, old_BT, adv_B, w_BT, clip_eps=cfg.clip_eps, ratio=cfg.ratio)
@@ -154,10 +155,11 @@ def fork_logits(z_V: Tensor, gradient_V: Tensor, said: Sequence[int], tokenizer:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command line. 2: a mistake of the user's."""
-    args = tyro.cli(Replay, args=list(argv), use_underscores=True)
-    quiet_transformers()
-    try:
+    """Run the command line; see `common.errors.command` for the exit status."""
+
+    def work() -> None:
+        args = tyro.cli(Replay, args=list(argv), use_underscores=True)
+        quiet_transformers()
         record, update = replay(args.run, args.sample)
         (args.out / "rollouts").mkdir(parents=True, exist_ok=True)
         config = read_json(args.run / "config.json")
@@ -165,9 +167,8 @@ def main(argv: Sequence[str]) -> int:
             write_atomically(args.out / name, json.dumps(value, ensure_ascii=False) + "\n")
         print(f"wrote {args.out}; log-probs at most {update['largest_gap']:.1g} from the run's; it is worked out by: "
               f"python evaluate.py audit {args.out} --show {args.sample} --markdown true")  # fmt: skip
-    except (UserError, OSError) as error:
-        return refuse(error)
-    return 0
+
+    return command(work)
 
 
 if __name__ == "__main__":

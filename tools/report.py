@@ -18,15 +18,18 @@ from typing import Any
 import tyro
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError
 
-import audit
 import data
-from config import PRESETS
-from data import UserError, refuse
-from evaluate import Scores, averaged, top_label
-from metrics import flat, heaviest, mean
-from runs import Record, numbered, read_json, read_lines, undamaged, write_atomically
+from analysis import audit
+from analysis.table1 import averaged
+from common.errors import UserError, command
+from common.files import Record, numbered, read_json, read_lines, write_atomically
+from common.hub import load_tokenizer
+from evaluate import Scores
 from tools.alarms import alarms
 from tools.charts import Chart, Drawing, Series, Timeline, draw
+from training.config import PRESETS
+from training.folder import undamaged
+from training.metrics import all_equal, mean
 
 Lines = Sequence[Record]
 SPLIT = "SELF-EMO split"
@@ -164,7 +167,7 @@ def read_scores(path: Path) -> dict[str, Scores]:
 
 def scored(rows: Sequence[Record]) -> Scores:
     """Scores of written answers."""
-    gold = [top_label(row["gold"]) for row in rows]
+    gold = [data.heaviest(row["gold"]) for row in rows]
     labels = dict.fromkeys([*gold, *(row["predicted"] for row in rows if row["predicted"])])
     return Scores(
         labels=tuple(labels),
@@ -236,15 +239,15 @@ PICKS = (
          "different rewards.", lambda r: variety(r) if r["selected"] is not None else None),
     Pick("Refused", "Nothing of it was kept. Of these groups the one that came closest.", refused),
     Pick("Best", "The highest mean reward of a group whose answers still differ.",
-         lambda r: mean(rewards(r)) if not flat(r, "reward") else None),
+         lambda r: mean(rewards(r)) if not all_equal(r, "reward") else None),
     Pick("Worst", "The lowest mean reward of a group whose answers still differ.",
-         lambda r: -mean(rewards(r)) if not flat(r, "reward") else None),
+         lambda r: -mean(rewards(r)) if not all_equal(r, "reward") else None),
     Pick("Consistency at work", "Where Eq. 12 moves advantages most: lambda times the spread of consistencies.",
          lambda r: r["lam"] * (max(a["consistency"] for a in r["answers"]) - min(a["consistency"] for a in r["answers"]))),
     Pick("Self-play", "A prompt that the model made itself. Of these groups the one with the most different rewards.",
          lambda r: variety(r) if r["origin"] == "synthetic" else None),
     Pick("Nothing to compare", "All answers earn the same, so the first term of Eq. 13 is 0.",
-         lambda r: mean(rewards(r)) if flat(r, "reward") else None),
+         lambda r: mean(rewards(r)) if all_equal(r, "reward") else None),
 )  # fmt: skip
 
 WHY = {
@@ -279,8 +282,8 @@ class Rollouts:
         self.labels.setdefault(record["dataset"], tuple(record["labels"]))
         for name, steps in (("early", self.early), ("late", self.late)):
             if record["step"] in steps and record["origin"] == "original":
-                gold, named = heaviest(record["gold"]), [a["parse"].get("last_emotions", {}) for a in record["answers"]]
-                pairs = [(gold, heaviest(weights)) for weights in named]
+                gold, named = data.heaviest(record["gold"]), [a["parse"].get("last_emotions", {}) for a in record["answers"]]
+                pairs = [(gold, data.heaviest(weights)) for weights in named]
                 self.confusion.setdefault((name, record["dataset"]), Counter()).update(pairs)
         for pick in PICKS:
             rank = pick.rank(record)
@@ -344,7 +347,6 @@ def prompt_reader(run: Path) -> Callable[[Record], str]:
     """Token ids of a prompt as text; "" before the run has written its model with the tokenizer."""
     if not (run / "model" / "tokenizer_config.json").exists():
         return lambda record: ""
-    from model import load_tokenizer
 
     tokenizer = load_tokenizer(run / "model")
     return lambda record: data.answer_text(tokenizer, record["prompt_ids"], (), "").strip()
@@ -452,15 +454,15 @@ def written_matrices(files: Mapping[str, Mapping[str, Scores]]) -> list[Matrix]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command line. 2: a mistake of the user's."""
-    args = tyro.cli(Report, args=list(argv), use_underscores=True)
-    out = args.out or args.run / "report.html"
-    try:
+    """Run the command line; see `common.errors.command` for the exit status."""
+
+    def work() -> None:
+        args = tyro.cli(Report, args=list(argv), use_underscores=True)
+        out = args.out or args.run / "report.html"
         write_atomically(out, page(args))
-    except (UserError, OSError) as error:
-        return refuse(error)
-    print(f"wrote {out}")
-    return 0
+        print(f"wrote {out}")
+
+    return command(work)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,63 @@
+"""Two systems on the same samples, or two sides of a pair: exact tests and bootstrap intervals."""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from common.errors import UserError
+from data import Sample
+
+
+def sign_test(wins: int, losses: int) -> float:
+    """Exact two-sided p of so uneven a split if both were equally likely; 1 where nothing was decided."""
+    tail = sum(math.comb(wins + losses, i) for i in range(min(wins, losses) + 1))
+    return float(min(1.0, 2 * tail / 2 ** (wins + losses)))
+
+
+def interval(wins: int, losses: int, rest: int, *, seed: int = 0, draws: int = 10_000) -> tuple[float, float]:
+    """95 % bootstrap interval of (wins - losses)/all; a pair counts +1, -1 or 0, so drawing n is one multinomial draw."""
+    n = wins + losses + rest
+    counts = np.random.default_rng(seed).multinomial(n, [wins / n, losses / n, rest / n], size=draws)
+    low, high = np.quantile((counts[:, 0] - counts[:, 1]) / n, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def mcnemar(correct_a: Sequence[bool], correct_b: Sequence[bool]) -> tuple[int, int, float]:
+    """(only a right, only b right, exact two-sided p) of two systems on the same samples; p = 1 without a difference."""
+    pairs = Counter(zip(correct_a, correct_b, strict=True))
+    b, c = pairs[True, False], pairs[False, True]
+    return b, c, sign_test(b, c)
+
+
+def paired_interval(
+    correct_a: Sequence[bool], correct_b: Sequence[bool], *, seed: int = 0, draws: int = 10_000
+) -> tuple[float, float, float]:
+    """Accuracy of a minus accuracy of b and its 95 % bootstrap interval over pairs: (difference, low, high)."""
+    b, c, _ = mcnemar(correct_a, correct_b)
+    n = len(correct_a)
+    return (b - c) / n, *interval(b, c, n - b - c, seed=seed, draws=draws)
+
+
+def read_baseline(path: Path, datasets: Mapping[str, Sequence[Sample]]) -> dict[str, bool]:
+    """Sample id -> right or wrong, from another model's --out. Raises `UserError` if a sample is missing in it."""
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+        correct = {row["id"]: row["correct"] is True for row in rows}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} does not hold answers written with --out: {error}") from None
+    missing = [sample.id for samples in datasets.values() for sample in samples if sample.id not in correct]
+    if missing:
+        raise UserError(f"{path} lacks {len(missing)} samples, the first {missing[0]}: score both on the same --data")
+    return correct
+
+
+def compared(ours: Sequence[bool], theirs: Sequence[bool], seed: int) -> dict[str, float]:
+    """The paired comparison of two systems that were right or wrong on the same samples."""
+    only_this, only_baseline, p = mcnemar(ours, theirs)
+    difference, low, high = paired_interval(ours, theirs, seed=seed)
+    named = {"only_this": only_this, "only_baseline": only_baseline, "mcnemar_p": p}
+    return named | {"acc_difference": difference, "low": low, "high": high}

@@ -1,0 +1,202 @@
+"""Many processes, one per GPU: who does what, and what they tell each other.
+
+Every rank runs the same program on the same data and comes to the same rewards, buffers and decisions; only rank 0 writes
+records. Divided are the prompts of a rollout and the micro-batches of a forward. What they give is the same whatever the
+number of ranks. Without torchrun and without a GPU there is one process, and every function here is the obvious one.
+"""
+
+import json
+import os
+import re
+import resource
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Value = TypeVar("Value")
+
+
+def rank() -> int:
+    """Number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def size() -> int:
+    """Processes of the run, over all nodes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def launched_rank() -> int:
+    """`rank`, known before the processes have met; 0 without torchrun."""
+    return int(os.environ.get("RANK", 0))
+
+
+def launched_size() -> int:
+    """`size`, known before the processes have met."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def ranks_here() -> int:
+    """Processes on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def device() -> torch.device:
+    """The GPU of this process; the CPU where there is none."""
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+
+
+@contextmanager
+def processes() -> Iterator[None]:
+    """Meet the other processes that torchrun started, and part at the end. One process on a CPU meets nobody.
+
+    One process on a GPU is a run of one rank, so that it computes in bf16 on the same path as many do. Raises `PeerLost`
+    where another rank is gone.
+    """
+    if "RANK" not in os.environ and not torch.cuda.is_available():
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device())
+    alone: Any = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # type: ignore[attr-defined]
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(days=1), **alone)  # ranks wait while one asks an expert
+    try:
+        yield
+    except RuntimeError as error:  # gloo has no type of its own for it
+        if size() > 1 and re.search(LOST, str(error)):
+            raise PeerLost("another rank has ended") from error
+        raise
+    # After an error nobody parts: a rank that waits inside NCCL would keep the others from saying what happened.
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+class PeerLost(Exception):
+    """Another rank has ended, so this one cannot go on. That one has said why."""
+
+
+LOST = r"(?i)connection (was )?(closed|reset|refused)|broken pipe|remote process exited|socket closed"
+
+
+def announce(line: str) -> None:
+    """A line for the person who watches: once, not once a rank."""
+    if launched_rank() == 0:
+        print(line, flush=True)
+
+
+def complain(line: str, *, lost: bool = False) -> None:
+    """An error on stderr, heard once: the launcher ends the other ranks while they wait with theirs.
+
+    Rank 0 speaks at once, the others after 2 s, in case rank 0 fails alike; those that only lost a rank after 10 s.
+    """
+    if "RANK" in os.environ:
+        time.sleep(10 if lost else 2 if launched_rank() else 0)
+        line = f"rank {launched_rank()}: {line}"
+    print(line, file=sys.stderr, flush=True)
+
+
+def relaunch(argv: Sequence[str]) -> str:
+    """The command line that goes on with this run. `--`: torchrun would take --n for the beginning of a flag of its own."""
+    if launched_size() > ranks_here():
+        return "the same torchrun command on every node, with --resume"
+    program = ["python"] if "RANK" not in os.environ else ["torchrun", "--nproc_per_node", str(ranks_here()), "--"]
+    return shlex.join([*program, "selfemo.py", *(a for a in argv if a != "--resume"), "--resume"])
+
+
+def wait() -> None:
+    """Until every rank is here."""
+    if size() > 1:
+        dist.barrier()
+
+
+def exchange(value: Value) -> list[Value]:
+    """What every rank gave, in the order of ranks. JSON values: floats come back bit by bit."""
+    if size() == 1:
+        return [value]
+    sent_N = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    return [json.loads(text_N.numpy().tobytes()) for text_N in exchanged(sent_N)]
+
+
+def exchanged(x_N: Tensor) -> list[Tensor]:
+    """The vector of every rank, in the order of ranks; their lengths may differ. Raw bytes, in main memory."""
+    lengths = [torch.zeros(1, dtype=torch.long) for _ in range(size())]
+    dist.all_gather(lengths, torch.tensor([len(x_N)]))
+    longest = max(int(n) for n in lengths)
+    found = [x_N.new_zeros(longest) for _ in range(size())]
+    dist.all_gather(found, torch.nn.functional.pad(x_N, (0, longest - len(x_N))))
+    return [row_N[: int(n)] for row_N, n in zip(found, lengths, strict=True)]
+
+
+def gathered(found: Mapping[int, Sequence[float]]) -> list[list[float]]:
+    """Rows of numbers by index, of which each rank has some, as one list on every rank; float64, bit by bit."""
+    if size() == 1:
+        return [list(found[i]) for i in sorted(found)]
+    flat = [number for i, row in found.items() for number in (i, len(row), *row)]
+    everything: dict[int, list[float]] = {}
+    for part_N in exchanged(torch.tensor(flat, dtype=torch.float64)):
+        numbers, at = part_N.tolist(), 0
+        while at < len(numbers):
+            start, end = at + 2, at + 2 + int(numbers[at + 1])
+            everything[int(numbers[at])], at = numbers[start:end], end
+    return [everything[i] for i in sorted(everything)]
+
+
+def summed(x: Tensor) -> Tensor:
+    """The sum of what all ranks hold: where each fills rows of its own and leaves 0 elsewhere, all rows, bit by bit."""
+    if size() == 1:
+        return x
+    total = x.clone()
+    dist.all_reduce(total)
+    return total
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether any rank says so."""
+    return any(exchange(flag))
+
+
+# Division of work
+
+
+def divide(costs: Sequence[float], ranks: int) -> list[list[int]]:
+    """Indices divided among ranks by cost: counts differ by one at most, sums by little, rounds are alike.
+
+    The costliest go first, in turns from left to right and from right to left.
+    """
+    if ranks == 1:
+        return [list(range(len(costs)))]
+    order = sorted(range(len(costs)), key=lambda i: (-costs[i], i))
+    rounds = [order[first : first + ranks] for first in range(0, len(order), ranks)]
+    divided: list[list[int]] = [[] for _ in range(ranks)]
+    for number, indices in enumerate(rounds):
+        for who, i in zip(range(ranks) if number % 2 == 0 else reversed(range(ranks)), indices, strict=False):
+            divided[who].append(i)
+    return divided
+
+
+def share(costs: Sequence[float]) -> list[int]:
+    """Indices of the work that is this rank's."""
+    return divide(costs, size())[rank()]
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes of memory of a GPU, or of the machine for each of the processes on it."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // ranks_here()
+
+
+def peak_memory() -> int:
+    """Bytes of memory at most in use so far: of the GPU, or of this process, interpreter included."""
+    if device().type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

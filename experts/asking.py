@@ -1,0 +1,454 @@
+"""Asking an expert: an OpenAI-compatible endpoint or a Hugging Face folder, and the cache that keeps every answer.
+
+An answer is written down the moment it is there, so a stopped job goes on where it was and nothing is paid for twice.
+"""
+
+import asyncio
+import fcntl
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Protocol
+from urllib.parse import urlsplit
+
+from tqdm import tqdm
+
+import data
+from common.draws import stable_hash
+from common.errors import UserError
+from common.hub import eos_ids, load_tokenizer, quiet_transformers
+from common.text import clean
+from data import MAX_BYTES
+from engine.processes import device_memory
+from model import Policy
+from rollout import generate
+
+if TYPE_CHECKING:
+    import openai
+
+Chat = list[dict[str, str]]
+GIVE_UP = 8  # requests in a row without an answer, after which the endpoint is taken to be down
+STOP = {401: "check the key", 402: "the account is empty", 403: "check the key", 404: "check the URL and the model's name"}
+MAX_BODY = 2**25  # bytes of a response that are read
+CHUNK = 32  # prompts that a local expert answers between two writes to the cache
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How an expert is asked. The first three decide what it says, and with model and prompt they are the cache's key."""
+
+    temperature: float = 1.0
+    max_new_tokens: int = 2048
+    seed: int = 0
+    concurrency: int = 8
+    """Requests under way at once."""
+    retries: int = 8
+    """Of a request after 408, 409, 429, 5xx, a timeout, a cut connection; pauses double up to 8 s, or are the server's."""
+    timeout: float = 300.0
+    """Seconds a try may be silent; all tries of a request together have four times as many."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer with its think block, whether it ended by itself, and its tokens: (prompt, answer)."""
+
+    text: str
+    finished: bool
+    tokens: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Unanswered:
+    """A request that brought no answer. It is not in the cache: the same command asks again."""
+
+    why: str
+
+
+Keep = Callable[[int, Reply | Unanswered], None]
+
+
+class Expert(Protocol):
+    """Somebody to ask."""
+
+    @property
+    def name(self) -> str:
+        """Tells experts apart."""
+
+    @property
+    def identity(self) -> str:
+        """The model's part of the cache's key."""
+
+    @property
+    def control(self) -> Sequence[str]:
+        """Texts that must not come through from a dialogue: its control tokens."""
+
+    @property
+    def price(self) -> tuple[float, float]:
+        """Of a million tokens: prompt, answer."""
+
+    def answer(self, chats: Sequence[Chat], settings: Settings, keep: Keep) -> None:
+        """Hand the answer to chat number i to `keep` as soon as it is there."""
+
+
+# Endpoints
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A model behind POST {url}/chat/completions."""
+
+    name: str
+    url: str
+    price: tuple[float, float] = (0.0, 0.0)
+    key: str = ""  # local servers want none
+    control: Sequence[str] = ()
+
+    def __repr__(self) -> str:
+        return f"Endpoint({self.name!r}, {self.url!r})"  # the key stays out of every message
+
+    @property
+    def identity(self) -> str:
+        """The model's name: a server may move."""
+        return self.name
+
+    def answer(self, chats: Sequence[Chat], settings: Settings, keep: Keep) -> None:
+        """Ask for all, `settings.concurrency` at once. Raises `UserError` where going on makes no sense."""
+        asyncio.run(self.answer_all(chats, settings, keep))
+
+    async def answer_all(self, chats: Sequence[Chat], settings: Settings, keep: Keep) -> None:
+        """See `answer`."""
+        gate, failed = asyncio.Semaphore(settings.concurrency), 0
+
+        async def one(client: "openai.AsyncOpenAI", i: int) -> None:
+            nonlocal failed
+            async with gate:
+                reply = await self.request(client, chats[i], settings)
+                keep(i, reply)
+                failed = failed + 1 if isinstance(reply, Unanswered) else 0
+                if isinstance(reply, Unanswered) and failed >= GIVE_UP:
+                    raise UserError(f"{self.url} failed {failed} times in a row ({reply.why}): try again later; {KEPT}")
+
+        async with connect(self.url, self.key, settings) as client:
+            tasks = [asyncio.create_task(one(client, i)) for i in range(len(chats))]
+            try:
+                for task in asyncio.as_completed(tasks):
+                    await task
+            finally:
+                for left in tasks:
+                    left.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def request(self, client: "openai.AsyncOpenAI", chat: Chat, settings: Settings) -> Reply | Unanswered:
+        """One answer, retries included."""
+        import openai
+
+        asked: Any = {"model": self.name, "messages": chat, "temperature": settings.temperature}
+        try:
+            async with asyncio.timeout(4 * settings.timeout):
+                raw = await client.chat.completions.with_raw_response.create(**asked, max_tokens=settings.max_new_tokens)
+            return read_completion(raw.http_response.text)
+        except openai.APIStatusError as error:
+            why = self.brief(f"HTTP {error.status_code}: {error.message}")
+            if error.status_code in STOP:
+                raise UserError(f"{self.url}, model {self.name}: {why}; {STOP[error.status_code]}; {KEPT}") from None
+            return Unanswered(why)
+        except (openai.OpenAIError, TimeoutError, TooLarge) as error:
+            return Unanswered(self.brief(f"{str(error) or 'no whole answer in time'} {error.__cause__ or ''}"))
+
+    def brief(self, text: str) -> str:
+        """An error of the server in one short line, without the key that some servers send back."""
+        return clean(text.replace(self.key, "***") if self.key else text)[:200]
+
+
+KEPT = "what was answered is kept, the same command goes on"
+
+
+class TooLarge(Exception):
+    """A response that does not end."""
+
+
+def connect(url: str, key: str, settings: Settings) -> "openai.AsyncOpenAI":
+    """A client of the library, which times out and retries, with a limit on how much it reads."""
+    import httpx2  # comes with openai
+    import openai
+
+    class Limited(httpx2.AsyncByteStream):
+        def __init__(self, stream: httpx2.AsyncByteStream) -> None:
+            self.stream = stream
+
+        async def __aiter__(self) -> Any:
+            size = 0
+            async for part in self.stream:
+                size += len(part)
+                if size > MAX_BODY:
+                    raise TooLarge(f"more than {MAX_BODY} bytes")
+                yield part
+
+        async def aclose(self) -> None:
+            await self.stream.aclose()
+
+    async def limit(response: httpx2.Response) -> None:
+        response.stream = Limited(response.stream)  # type: ignore[arg-type]
+
+    http = openai.DefaultAsyncHttpxClient(event_hooks={"response": [limit]})
+    return openai.AsyncOpenAI(
+        api_key=key or "none", base_url=url, timeout=settings.timeout, max_retries=settings.retries, http_client=http
+    )
+
+
+def library() -> Any:
+    """The openai package. Raises `UserError` where it is missing: nothing but an endpoint needs it."""
+    try:
+        import openai
+    except ImportError:
+        raise UserError("an endpoint needs the openai package: pip install -r requirements-extra.txt") from None
+    return openai
+
+
+def read_completion(body: str) -> Reply | Unanswered:
+    """What a response says. Reasoning that comes beside the answer is its think block."""
+    try:
+        row = json.loads(body)
+        choice, usage = row["choices"][0], row.get("usage") or {}
+        message = choice["message"]
+        content = message.get("content") or ""
+        thought = message.get("reasoning_content") or message.get("reasoning")
+        text = f"<think>{thought}</think>\n{content}" if thought and not THINK.match(content) else content
+        tokens = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
+        whole = text[: MAX_BYTES + 1].encode(errors="replace").decode()  # what is longer fails, and is not kept
+        return Reply(whole, choice.get("finish_reason") == "stop", tokens)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return Unanswered(f"no chat completion: {clean(body[:60])!r}")
+
+
+THINK = re.compile(r"\s*<think>\s*")
+
+
+# Local folders
+
+
+@dataclass(frozen=True)
+class Local:
+    """A Hugging Face folder (or hub name), run by our own `rollout.generate`."""
+
+    name: str
+    folder: str
+    tokenizer: Any
+    price: tuple[float, float] = (0.0, 0.0)
+
+    @property
+    def identity(self) -> str:
+        """The folder's name with sizes and times of its weights: what was trained again is another model."""
+        found = sorted(Path(self.folder).glob("*.safetensors"))
+        return " ".join([self.name, *(f"{x.name}:{x.stat().st_size}:{x.stat().st_mtime_ns}" for x in found)])
+
+    @property
+    def control(self) -> Sequence[str]:
+        """Texts of the tokenizer's control tokens."""
+        return data.control_tokens(self.tokenizer)
+
+    def answer(self, chats: Sequence[Chat], settings: Settings, keep: Keep) -> None:
+        """Answer all, `CHUNK` at a time. Raises `UserError` where the model cannot be opened or computes NaN."""
+        answer = open_local(self.folder, self.tokenizer)
+        for first in range(0, len(chats), CHUNK):
+            part = chats[first : first + CHUNK]
+            encoded = [data.render(self.tokenizer, chat) for chat in part]
+            replies = answer(encoded, [cache_key(self, chat, settings) for chat in part], settings)
+            for i, reply in enumerate(replies):
+                keep(first + i, reply)
+
+
+Encoded = tuple[list[int], str]  # a prompt's ids, and what the template has begun of the answer
+
+
+def open_local(
+    folder: str, tokenizer: Any, *, kv_budget: int | None = None, progress: bool = False
+) -> Callable[[Sequence[Encoded], Sequence[str], Settings], list[Reply]]:
+    """Open a local model: a function of prompts, of a name for each prompt's random stream, and of settings.
+
+    `kv_budget`: bytes for keys and values, default half of the device's memory. Raises `UserError` where the model cannot
+    be opened; the function raises it where the model computes NaN.
+    """
+
+    quiet_transformers()
+    policy, stops = Policy.load_here(folder), eos_ids(folder, tokenizer)
+
+    def answer(encoded: Sequence[Encoded], names: Sequence[str], settings: Settings) -> list[Reply]:
+        try:
+            groups = generate(
+                policy,
+                [ids for ids, _ in encoded],
+                n=1,
+                max_new_tokens=settings.max_new_tokens,
+                temperature=settings.temperature,
+                eos_ids=stops,
+                keys=[(settings.seed, 0, name) for name in names],
+                kv_budget=kv_budget or device_memory(policy.device) // 2,
+                progress=progress,
+            )
+        except FloatingPointError as error:
+            raise UserError(f"{folder}: {error}; take another model") from None
+        replies = []
+        for (ids, prefix), (said,) in zip(encoded, groups, strict=True):
+            text = data.answer_text(tokenizer, said.ids, stops, prefix)
+            replies.append(Reply(text[: MAX_BYTES + 1], said.finished, (len(ids), len(said.ids))))
+        return replies
+
+    return answer
+
+
+def open_experts(
+    places: Sequence[str],
+    models: Sequence[str] = (),
+    prices: Sequence[str] = (),
+    *,
+    flags: tuple[str, str] = ("--expert", "--expert_model"),
+) -> list[Expert]:
+    """The experts of two flags, for places and for names (one an endpoint, in order), and of --price.
+
+    The n-th expert's key is the environment variable OPENAI_API_KEY_n, else OPENAI_API_KEY. Raises `UserError`.
+    """
+    urls = [place for place in places if re.match(r"https?://", place)]
+    if not places or len(urls) != len(models):
+        raise UserError(f"{len(places)} {flags[0]}, {len(urls)} of them URLs, and {len(models)} {flags[1]}: one a URL")
+    if prices and len(prices) != len(places):
+        raise UserError(f"{len(prices)} --price and {len(places)} {flags[0]}: give one each, in the same order")
+    named, found = iter(models), list[Expert]()
+    for n, place in enumerate(places, 1):
+        price = read_price(prices[n - 1]) if prices else (0.0, 0.0)
+        if place in urls:
+            parts = urlsplit(place)
+            if not parts.hostname or "@" in parts.netloc or parts.query:
+                raise UserError(f"{flags[0]} URL is scheme, host and path alone; a key comes from OPENAI_API_KEY")
+            library()
+            key = os.environ.get(f"OPENAI_API_KEY_{n}") or os.environ.get("OPENAI_API_KEY", "")
+            found.append(Endpoint(next(named), place, price, key))
+        else:
+
+            found.append(Local(Path(place).resolve().name, place, load_tokenizer(place), price))
+    if len({expert.name for expert in found}) < len(found):
+        raise UserError(f"two experts are called the same ({', '.join(x.name for x in found)}): their answers would mix")
+    return found
+
+
+def read_price(text: str) -> tuple[float, float]:
+    """PROMPT,ANSWER of --price."""
+    prices = [float(x) for x in text.split(",") if re.fullmatch(r"\d+(\.\d+)?", x)]
+    if len(prices) != 2 or text.count(",") != 1:
+        raise UserError(f"--price {text}: give PROMPT,ANSWER a million tokens, such as 0.27,1.1")
+    return prices[0], prices[1]
+
+
+# The cache
+
+
+def cache_key(expert: Expert, chat: Chat, settings: Settings) -> str:
+    """Hash of prompt, model and the settings that decide the answer."""
+    parts = [chat, expert.identity, settings.temperature, settings.max_new_tokens, settings.seed]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Answers that are there already, and the file that new ones are added to."""
+
+    file: IO[bytes]
+    known: dict[str, Reply]
+
+    def add(self, key: str, expert: str, reply: Reply) -> None:
+        """Write one line at once."""
+        row = {"key": key, "expert": expert, "text": reply.text, "finished": reply.finished, "tokens": reply.tokens}
+        self.file.write(json.dumps(row).encode() + b"\n")
+        self.file.flush()
+        self.known[key] = reply
+
+
+@contextmanager
+def open_cache(path: Path) -> Iterator[Cache]:
+    """The cache in a file of JSON lines; a last line that was cut off is removed.
+
+    Raises `UserError` where another job has it open and where another line is broken.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{path} is in use by another job: wait for it, or give another --cache") from None
+        file.seek(0)
+        lines = file.read().split(b"\n")
+        if lines[-1]:
+            file.truncate(file.tell() - len(lines[-1]))
+        yield Cache(file, dict(cached(path, number, line) for number, line in enumerate(lines[:-1], 1) if line))
+
+
+def cached(path: Path, number: int, line: bytes) -> tuple[str, Reply]:
+    """Key and answer of a line of the cache."""
+    try:
+        row = json.loads(line)
+        asked, said = row["tokens"]
+        return str(row["key"]), Reply(str(row["text"]), row["finished"] is True, (int(asked), int(said)))
+    except (ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{path}:{number}: {error}; remove that line: its prompt is asked again") from None
+
+
+# Asking
+
+
+def ask(expert: Expert, chats: Sequence[Chat], settings: Settings, cache: Cache) -> list[Reply | Unanswered]:
+    """The answer to every chat, from the cache where it is there, and one line that says what it cost."""
+    keys = [cache_key(expert, chat, settings) for chat in chats]
+    missing = {key: chat for key, chat in zip(keys, chats, strict=True) if key not in cache.known}
+    order, failed, started = list(missing), dict[str, Unanswered](), set(cache.known)
+    with tqdm(total=len(missing), desc=expert.name, unit="answer", disable=None) as bar:
+
+        def keep(i: int, reply: Reply | Unanswered) -> None:
+            if isinstance(reply, Unanswered):
+                failed[order[i]] = reply
+            else:
+                cache.add(order[i], expert.name, reply)
+            bar.update()
+
+        try:
+            if missing:
+                expert.answer(list(missing.values()), settings, keep)
+        finally:
+            bar.close()
+            replies = {key: cache.known[key] for key in keys if key in cache.known}
+            new = [reply for key, reply in replies.items() if key not in started]
+            print(cost_line(expert, list(replies.values()), new, len(failed)), flush=True)
+    return [replies.get(key) or failed[key] for key in keys]
+
+
+def cost_line(expert: Expert, replies: Sequence[Reply], new: Sequence[Reply], failed: int) -> str:
+    """Answers, tokens and, with a price, money: of this call, and with what the cache had before."""
+
+    def cost(part: Sequence[Reply]) -> str:
+        tokens = [sum(reply.tokens[i] for reply in part) for i in (0, 1)]
+        money = sum(n * price for n, price in zip(tokens, expert.price, strict=True)) / 1e6
+        return f"{tokens[0]:,} + {tokens[1]:,} tokens" + f" ({money:.4f})" * any(expert.price)
+
+    silent = sum(not any(reply.tokens) for reply in replies)
+    counts = f"{len(new)} new answers, {len(replies) - len(new)} from the cache, {failed} prompts without an answer"
+    untold = f"; {silent} answers came without a count" * (silent > 0)
+    return f"expert {expert.name}: {counts}; prompt + answer: {cost(new)} now, {cost(replies)} in all{untold}"
+
+
+def ask_drawn(
+    experts: Sequence[Expert],
+    ids: Sequence[str],
+    chat: Callable[[int, Sequence[str]], Chat],
+    settings: Settings,
+    cache: Cache,
+) -> list[Reply | Unanswered]:
+    """One answer an id; of several experts each id draws one by its hash (D28). `chat(i, control)` makes the prompt."""
+    found: dict[int, Reply | Unanswered] = {}
+    for n, expert in enumerate(experts):
+        mine = [i for i, name in enumerate(ids) if stable_hash(name) % len(experts) == n]
+        found |= zip(mine, ask(expert, [chat(i, expert.control) for i in mine], settings, cache), strict=True)
+    return [found[i] for i in range(len(ids))]

@@ -1,0 +1,159 @@
+"""What an expert is asked and how its answers are read: personas (Table 4) and gold weights (D14), in our words (D16)."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import data
+from common.scanner import SIGN, Broken, Scanner
+from common.text import clean
+from corpora.dialogue import Turn, is_group
+from data import MAX_BYTES, Failure, Sample
+from experts.asking import Chat, Reply, Unanswered
+
+Row = dict[str, Any]
+LONGEST = 500  # characters of a persona sentence: it stands in every prompt of its speaker
+
+
+# Personas: the contract of Table 4 in our words (D16)
+
+
+def speakers(turns: Iterable[Turn]) -> list[str]:
+    """Who is to be described: everybody but groups, in order of appearance."""
+    return [name for name in dict.fromkeys(turn.speaker for turn in turns) if not is_group(name)]
+
+
+def theme_key(names: Sequence[str]) -> str:
+    """The key of the theme, another one where a speaker has that name."""
+    return "Theme" if "Theme" not in names else "Theme of all"
+
+
+def persona_chat(turns: Sequence[Turn], control: Sequence[str] = ()) -> Chat:
+    """P_extrac: describe every speaker in a sentence, and name the theme."""
+    names = speakers(turns)
+    theme = theme_key(names)
+    shape = json.dumps(dict.fromkeys([*names, theme], "..."), ensure_ascii=False, indent=1)
+    system = (
+        "You study how people talk and can tell from a conversation what kind of people they are. The lines are all you "
+        "know: make nothing up, and where they leave something open, say that it is open."
+    )
+    user = (
+        f"{data.history(turns, control)}\n\n"
+        f"Who are these speakers: {data.safe(', '.join(names), control)}? First write down what the lines show of each: "
+        "temperament; age, as a span of years; gender; schooling and way of thinking; manner of speaking; mood, and "
+        "attitude towards the others. Keep the speakers apart: what fits anybody says nothing.\n"
+        "Then end with one code block that holds one dictionary, and write nothing after it. Its keys are the names exactly "
+        f"as they stand above and {theme!r}. A name's value is a single dense sentence that joins your findings on that "
+        f"speaker; the value of {theme!r} says what the conversation is about beneath its surface, and who is at odds over "
+        f"what:\n```python\n{data.safe(shape, control)}\n```"
+    )
+    return data.chat(system, user)
+
+
+@dataclass(frozen=True)
+class Portrait:
+    """Sentences by speaker, and the theme of the dialogue."""
+
+    personas: Mapping[str, str]
+    theme: str
+
+
+def last_block(reply: Reply | Unanswered) -> str | Failure:
+    """The inside of the code block that ends an answer."""
+    if isinstance(reply, Unanswered):
+        return Failure("unanswered", reply.why)
+    if not reply.finished:
+        return Failure("unfinished", "cut off before the end of the answer")
+    if len(reply.text.encode(errors="surrogatepass")) > MAX_BYTES:
+        return Failure("too_long", f"more than {MAX_BYTES} bytes")
+    body, fence, rest = reply.text.rstrip().rpartition("```")
+    _, opening, block = body.rpartition("```")
+    tag, _, inside = block.partition("\n")
+    if rest or not fence or not opening or tag.strip().lower() not in ("", "python", "json"):
+        return Failure("block", "no code block at the end")
+    return inside
+
+
+def parse_personas(reply: Reply | Unanswered, names: Sequence[str]) -> Portrait | Failure:
+    """Read an expert's answer: exactly these names and the theme, a sentence each, no two alike. Never raises.
+
+    Reasons: unanswered unfinished too_long block, those of a dictionary (see `data.Failure`), names, sentence, theme.
+    """
+    inside = last_block(reply)
+    found = inside if isinstance(inside, Failure) else parse_strings(inside)
+    if isinstance(found, Failure):
+        return found
+    said = {key: clean(value) for key, value in found.items()}
+    theme = said.pop(theme_key(names), "")
+    if said.keys() != set(names):
+        odd = sorted(said.keys() ^ set(names))
+        return Failure("names", f"{odd[0][:40]!r} is {'missing' if odd[0] in names else 'nobody here'}")
+    for name, sentence in said.items():
+        if not (len(sentence.split()) >= 3 and len(sentence) <= LONGEST and re.search(r"\w", sentence)):
+            return Failure("sentence", f"that of {name[:40]!r} has under 3 words or over {LONGEST} characters")
+    if len(set(said.values())) < len(said):
+        return Failure("sentence", "the same one for two speakers")
+    if not re.search(r"\w", theme) or len(theme) > LONGEST:
+        return Failure("theme", f"missing, empty, or over {LONGEST} characters")
+    return Portrait({name: said[name] for name in names}, theme)
+
+
+# Gold: soft weights around the label of the dataset (D14)
+
+
+def gold_chat(sample: Sample, control: Sequence[str] = ()) -> Chat:
+    """Ask how strongly the last line shows its label and, at most, two more."""
+    label = next(iter(sample.gold))
+    system = "You judge which emotions a line of a conversation shows, and how strongly. You go by the lines alone."
+    user = (
+        f"{data.history(sample.context, control)}\n\n"
+        f"Annotators heard {label!r} in the last line. Think about what else its speaker shows there, if anything. Then end "
+        "with one code block that holds one dictionary, and write nothing after it. Its keys are one to three of these "
+        f"emotions: {', '.join(sample.labels)}. Its values are weights from 0.1 to 1; they need not sum to 1. {label!r} is "
+        "one of the keys and weighs more than any other; name another one only if it really is there:\n"
+        f"```python\n{{{label!r}: ...}}\n```"
+    )
+    return data.chat(system, user)
+
+
+def parse_gold(reply: Reply | Unanswered, labels: Sequence[str], label: str) -> dict[str, float] | Failure:
+    """Read an expert's weights: up to three known labels from 0.1 to 1, the dataset's own heaviest. Never raises."""
+    inside = last_block(reply)
+    found = inside if isinstance(inside, Failure) else parse_weights(inside, labels)
+    if isinstance(found, Failure):
+        return found
+    if any(weight >= found.get(label, 0) for name, weight in found.items() if name != label):
+        return Failure("own_label", f"{label!r} is not the heaviest")
+    return found
+
+
+def reason_counts(failures: Iterable[Failure]) -> str:
+    """Why answers were dropped, the most frequent reason first."""
+    return ", ".join(f"{reason} {n}" for reason, n in Counter(x.reason for x in failures).most_common())
+
+
+def parse_strings(text: str) -> dict[str, str] | Failure:
+    """One dictionary of strings and nothing else. Never raises, never evaluates."""
+    found: dict[str, str] = {}
+    scanner = Scanner(text, 0)
+    try:
+        for key in scanner.entries():
+            if key in found:
+                raise Broken("duplicate", f"{key[:40]!r} a second time")
+            found[key] = scanner.string()
+        return found if not SIGN.match(text, scanner.position) else Failure("trailing", "text after the dictionary")
+    except Broken as broken:
+        return Failure(*broken.args)
+
+
+def parse_weights(text: str, labels: Sequence[str]) -> dict[str, float] | Failure:
+    """One dictionary as `last_emotions` and nothing else (D8). Never raises, never evaluates."""
+    scanner = Scanner(text, 0)
+    try:
+        found = data.read_emotions(scanner, "last_emotions", labels)
+        return found if not SIGN.match(text, scanner.position) else Failure("trailing", "text after the dictionary")
+    except Broken as broken:
+        return Failure(*broken.args)

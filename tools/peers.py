@@ -1,0 +1,221 @@
+"""The sides of tools.bench: ours, transformers, TRL and vLLM, each in a process of its own and in whatever interpreter has it.
+
+    python -m tools.peers NAME MODEL DTYPE
+
+Jobs come as JSON lines on stdin, answers go as JSON lines to stdout. Nothing beyond the standard library is imported before
+the side is known. Answers always have their full length.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+Job = Mapping[str, Any]  # task, prompts (token ids), n, max_new_tokens, micro_batch
+Found = dict[str, Any]  # seconds, tokens, and what else a side knows
+Side = Callable[[Job], Found]
+
+
+def serve(packages: tuple[str, ...], open_side: Callable[[str, str], Side], model: str, dtype: str) -> None:
+    """Open the side, say which versions it has, then answer job after job until stdin ends."""
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print goes to stderr
+    run = open_side(model, dtype)
+    say(out, {name: version(name) for name in packages})
+    for line in sys.stdin:
+        with contextlib.suppress(OSError):  # the kernel measures the peak anew; else it is that of the whole process
+            Path("/proc/self/clear_refs").write_text("5")
+        started = time.process_time()
+        found = run(json.loads(line))
+        say(out, {"cpu_s": time.process_time() - started, **found, "peak_mib": peak_mib()})
+
+
+def say(out: Any, record: Mapping[str, Any]) -> None:
+    """One JSON line."""
+    print(json.dumps(record), file=out, flush=True)
+
+
+def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds of a call, and what it returned."""
+    started = time.perf_counter()
+    result = work()
+    return time.perf_counter() - started, result
+
+
+def peak_mib() -> float:
+    """Most resident memory of this process since the kernel began to measure (Linux)."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+
+
+def ours(model: str, dtype: str) -> Side:
+    """`rollout.generate`, and line 9 of Algorithm 1 as `selfemo.mini_batch` does it."""
+    import torch
+
+    import selfemo
+    from common.hub import quiet_transformers
+    from data import Completion, Sample
+    from model import Policy
+    from rollout import generate
+    from training.coldstart import adamw
+    from training.config import Config
+    from training.folder import Learner
+    from training.records import ScoredGroup
+
+    quiet_transformers()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    policy = Policy.load(model, getattr(torch, dtype))
+
+    def rollout(job: Job) -> list[list[Completion]]:
+        keys = [(0, 0, str(i)) for i in range(len(job["prompts"]))]
+        settings = {"n": job["n"], "max_new_tokens": job["max_new_tokens"], "kv_budget": job["kv_mib"] * 2**20 or None}
+        return generate(policy, job["prompts"], temperature=1.0, eos_ids=(), keys=keys, **settings)
+
+    def scored_group(ids: list[int], group: list[Completion]) -> ScoredGroup:
+        values = tuple(float(i % 3 - 1) for i in range(len(group)))  # advantages: any numbers that differ
+        return ScoredGroup(cast(Sample, None), tuple(ids), tuple(group), values, {}, values, values)
+
+    def step(job: Job) -> Found:
+        """A whole RL step with one mini-batch: rollout, reference log-probs, gradient, AdamW."""
+        cfg = Config(n=job["n"], micro_batch=job["micro_batch"], mini_batch_prompts=len(job["prompts"]))
+        learner = Learner(adamw(policy, 1e-6), policy.frozen_copy())
+        generate_s, groups = timed(lambda: rollout(job))
+        scored = [scored_group(ids, group) for ids, group in zip(job["prompts"], groups, strict=True)]
+        score_s, ref_BT = timed(lambda: selfemo.logprobs(cast(Policy, learner.reference), scored, cfg))
+        before_BT = torch.full_like(ref_BT, selfemo.NOT_MEASURED)
+
+        def update() -> None:
+            selfemo.mini_batch(policy, learner, scored, before_BT, ref_BT, cfg)
+            learner.optimizer.step()
+
+        update_s, _ = timed(update)
+        parts = {"generate_s": generate_s, "score_s": score_s, "update_s": update_s}
+        return {"seconds": sum(parts.values()), "tokens": sum(len(c.ids) for group in groups for c in group), **parts}
+
+    def run(job: Job) -> Found:
+        if job["task"] == "step":
+            return step(job)
+        seconds, groups = timed(lambda: rollout(job))
+        return {"seconds": seconds, "tokens": sum(len(c.ids) for group in groups for c in group)}
+
+    return run
+
+
+def transformers(model: str, dtype: str) -> Side:
+    """Plain `generate`: left padding, one row per answer."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    lm: Any = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
+    lm.generation_config.update(eos_token_id=None, pad_token_id=0, top_k=None, top_p=None)
+
+    def run(job: Job) -> Found:
+        width = max(map(len, job["prompts"]))
+        ids = torch.tensor([[0] * (width - len(p)) + p for p in job["prompts"]])
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in job["prompts"]])
+        settings = {"max_new_tokens": job["max_new_tokens"], "num_return_sequences": job["n"]}
+        seconds, out = timed(lambda: lm.generate(ids, attention_mask=mask, do_sample=True, temperature=1.0, **settings))
+        return {"seconds": seconds, "tokens": len(out) * (out.shape[1] - width)}
+
+    return run
+
+
+def trl(model: str, dtype: str) -> Side:
+    """GRPOTrainer: whole RL steps, told apart into generation with scoring, and update. bfloat16 means autocast."""
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    class Clock(TrainerCallback):
+        """Wall time of every optimizer step: the batch is at hand, generation comes first."""
+
+        steps: list[float] = []  # noqa: RUF012
+
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            self.started = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.steps = [*self.steps, time.perf_counter() - self.started]
+
+    class Timed(GRPOTrainer):  # type: ignore[misc]
+        """The trainer, with a clock around what comes before the update."""
+
+        generate_s = 0.0
+        score_s = 0.0
+
+        def _generate(self, *args: Any, **kwargs: Any) -> Any:
+            seconds, result = timed(lambda: super(Timed, self)._generate(*args, **kwargs))
+            self.generate_s += seconds
+            return result
+
+        def _generate_and_score_completions(self, *args: Any, **kwargs: Any) -> Any:
+            seconds, result = timed(lambda: super(Timed, self)._generate_and_score_completions(*args, **kwargs))
+            self.score_s += seconds
+            return result
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+
+    def run(job: Job) -> Found:
+        prompts = [tokenizer.decode(ids) for ids in job["prompts"]]
+        answers, micro = len(prompts) * job["n"], job["micro_batch"]
+        lm = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        with tempfile.TemporaryDirectory() as out:
+            args = GRPOConfig(
+                out, max_steps=1, use_cpu=True, bf16=dtype == "bfloat16", report_to=[], save_strategy="no",
+                disable_tqdm=True, per_device_train_batch_size=micro, gradient_accumulation_steps=answers // micro,
+                num_generations=job["n"], max_completion_length=job["max_new_tokens"], temperature=1.0, beta=0.001,
+                learning_rate=1e-6, gradient_checkpointing=False, logging_strategy="no", shuffle_dataset=False,
+                generation_kwargs={"min_new_tokens": job["max_new_tokens"]},
+            )  # fmt: skip
+            clock = Clock()
+            trainer = Timed(
+                lm, lambda completions, **_: [float(i % 3) for i in range(len(completions))], args,
+                Dataset.from_dict({"prompt": prompts}), processing_class=tokenizer, callbacks=[clock],
+            )  # fmt: skip
+            trainer.train()
+        (seconds,) = clock.steps
+        parts = {"generate_s": trainer.generate_s, "score_s": trainer.score_s - trainer.generate_s}
+        parts["update_s"] = seconds - trainer.score_s
+        return {"seconds": seconds, "tokens": answers * job["max_new_tokens"], **parts}
+
+    return run
+
+
+def vllm(model: str, dtype: str) -> Side:
+    """The offline engine in this process, prefix caching on."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # so that memory and threads are this process's
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(model, dtype=dtype, max_model_len=4096, max_num_seqs=256, enable_prefix_caching=True)
+
+    def run(job: Job) -> Found:
+        settings = SamplingParams(
+            n=job["n"], temperature=1.0, max_tokens=job["max_new_tokens"], ignore_eos=True, logprobs=0, detokenize=False
+        )
+        llm.reset_prefix_cache()  # repeats must compute their prompts again
+        prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
+        seconds, groups = timed(lambda: llm.generate(prompts, settings, use_tqdm=False))
+        return {"seconds": seconds, "tokens": sum(len(a.token_ids) for group in groups for a in group.outputs)}
+
+    return run
+
+
+SIDES: Mapping[str, tuple[Callable[[str, str], Side], tuple[str, ...]]] = {
+    "selfemo": (ours, ("torch", "transformers")),
+    "transformers": (transformers, ("transformers", "torch")),
+    "trl": (trl, ("trl", "transformers", "torch")),
+    "vllm": (vllm, ("vllm-cpu", "torch", "transformers")),
+}
+
+if __name__ == "__main__":
+    open_named, versions = SIDES[sys.argv[1]]
+    serve(versions, open_named, *sys.argv[2:4])

@@ -1,0 +1,4 @@
+"""The invented world and its small base model: the whole paper on a laptop CPU, offline.
+
+Stands beside `training`; called by training/launch.py, minimal.py and `python -m toy`.
+"""

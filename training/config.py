@@ -1,0 +1,221 @@
+"""The settings of a run: one frozen dataclass whose fields are the flags, and the presets they start from."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from common.errors import UserError
+from common.flags import Pairs, Switch
+
+Plan = Annotated[
+    str | None,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="[GPUSxGB]",
+        instance_from_str=lambda args: " ".join(args),
+        is_instance=lambda value: value is None or isinstance(value, str),
+        str_from_instance=lambda value: [] if not value else [value],
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Config:
+    """SELF-EMO: closed-loop optimisation (Algorithm 1). Defaults are the paper's (Table 12) where it names a value."""
+
+    preset: Literal["paper", "toy", "small"] = "paper"
+    """Where the other values start from: the paper's setting, the offline toy world, a small pretrained model."""
+    model: str = "Qwen/Qwen3-8B"
+    """Start model: Hugging Face folder or hub name of a chat model (Table 12)."""
+    data: Pairs = ()
+    """NAME=DIR, repeatable: meld, emorynlp, iemocap, or any other name for a folder of JSONL dialogues."""
+    limit: Pairs = ()
+    """NAME=N, repeatable: only the first N training samples of a dataset after a seeded shuffle."""
+    eval_limit: int = 0
+    """Samples of each dataset in an evaluation on dev, first N after a seeded shuffle; 0 = all."""
+    test_limit: int = 0
+    """The same for the one evaluation on test at the end."""
+    out: str = "runs/paper"
+    """Folder of the run."""
+    resume: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Go on from the newest checkpoint in --out, or start if there is none."""
+    seed: int = 0
+    """Of every shuffle and every random stream."""
+    iterations: int = 3
+    """K of Algorithm 1, line 4 (D25: the paper's 3 epochs)."""
+    steps: int = 0
+    """RL steps S an iteration; 0 = ceil(|D0| / batch_prompts) (D7)."""
+    batch_prompts: int = 64
+    """Prompts an RL step (Table 12: train_batch_size)."""
+    n: int = 8
+    """Answers to each prompt (Table 12: rollout.n)."""
+    mini_batch_prompts: int = 32
+    """Prompts an optimizer step (Table 12: ppo_mini_batch_size)."""
+    micro_batch: int = 16
+    """Answers in one forward and backward; changes memory, never the result (Table 12: ppo_micro_batch_size)."""
+    max_prompt_tokens: int = 4096
+    """Longer prompts are dropped and counted (Table 12)."""
+    max_new_tokens: int = 8192
+    """Tokens of an answer at most; a truncated one fails the rule (Table 12, D20)."""
+    temperature: float = 1.0
+    """Of the rollouts, and of every log-prob in the loss (D19)."""
+    eval_temperatures: tuple[float, ...] = (0.0,)
+    """Temperatures of an evaluation; 0 = greedy."""
+    lr: float = 1e-6
+    """AdamW in the RL stages, constant (Table 12)."""
+    cold_start_lr: float = 1e-5
+    """AdamW in the cold start (D26)."""
+    sft_lr: float = 1e-6
+    """AdamW in the retraining of line 18 (D26)."""
+    sft_batch: int = 64
+    """Answers an optimizer step of supervised fine-tuning (D26)."""
+    clip_eps: float = 0.2
+    """Epsilon of Eq. 14 (D4: not given in the paper)."""
+    kl_coef: float = 0.001
+    """Beta of the KL to the iteration's reference (Table 12, D6)."""
+    ratio: Literal["token", "sequence"] = "token"
+    """One importance ratio a token, or one a sequence as Eq. 14 is written (D2)."""
+    loss_mean: Literal["token", "sequence"] = "token"
+    """Every token counts the same, or every answer as Eq. 14 is written (D3)."""
+    self_grpo: Switch = True
+    """false: lambda = 0, plain GRPO; consistency is still logged (Table 2, D27)."""
+    self_play: Switch = True
+    """false: lines 12-18 are skipped (Table 2, D27)."""
+    cold_start: Literal["self", "dataset", "expert", "none"] = "self"
+    """Line 3 learns from the start model's own valid answers, from templates of the gold turns, from those of --expert, or
+    not at all (D17)."""
+    expert: Pairs = ()
+    """For --cold_start expert: endpoint (https://host/v1) or Hugging Face folder, repeatable (Eq. 4)."""
+    expert_model: Pairs = ()
+    """Model name at an endpoint, one a URL, in order; the key is in the environment: OPENAI_API_KEY."""
+    retrain_from: Literal["current", "base"] = "current"
+    """Line 18 goes on from the model after RL, or starts from the start model again (D13)."""
+    keep_reward: float = 0.6
+    """Least reward of an answer that becomes a new sample (D11)."""
+    gold: str = ""
+    """JSONL of sample id and weights that replaces gold labels (D14)."""
+    soft_labels: Switch = False
+    """Annotators' votes as gold, where a release has them (D14)."""
+    drop_overlap: Switch = False
+    """Leave out training dialogues that share lines with a test dialogue (D24)."""
+    originals: int = 0
+    """Original samples in D0, first N of a seeded shuffle over all datasets; 0 = all (Table 2, D27)."""
+    max_synthetic: int = 0
+    """Newest N synthetic samples in the buffer; 0 = all (Table 2, D27)."""
+    personas: str = ""
+    """JSONL of persona sentences (Eq. 4); without it prompts have none."""
+    persona_scope: Literal["none", "context", "dialogue"] = "none"
+    """Personas of dev and test: none, from the context, or from the whole dialogue as the paper, which looks ahead (D28)."""
+    prompts: str = ""
+    """JSON that replaces the wording of the prompts (D16)."""
+    context: Literal["labelled", "all"] = "labelled"
+    """Turns of IEMOCAP in the context: labelled ones as the benchmarks, or all."""
+    kv_budget: int = 0
+    """Bytes for keys and values in generation; 0 = half of the device's memory (Table 12: gpu_memory_utilization)."""
+    ref_offload: Switch = True
+    """Keep the reference in main memory between its layers' turns (Table 12: ref.param_offload)."""
+    activation_checkpointing: Switch = True
+    """Keep of every block only its input in a forward and compute the rest again in backward: less memory, more time."""
+    compile: Switch = False
+    """torch.compile for the blocks that learn; on a GPU, CUDA graphs for decode steps. Not run on a GPU yet."""
+    eval_every: int = 10
+    """RL steps between evaluations on dev (Table 12: test_freq); each stage begins with one anyway."""
+    save_every: int = 480
+    """Steps between checkpoints (Table 12: save_freq); each stage ends with one anyway."""
+    plan: Plan = None
+    """Print how much memory a run needs, and stop: on this machine, or for example 8x80 for eight GPUs of 80 GB."""
+
+
+PRESETS: Mapping[str, Config] = {
+    "paper": Config(data=("meld=data/meld", "emorynlp=data/emorynlp", "iemocap=data/iemocap")),
+    "small": Config(
+        preset="small",
+        model="HuggingFaceTB/SmolLM2-135M-Instruct",
+        data=("meld=data/meld", "emorynlp=data/emorynlp"),
+        out="runs/small",
+        iterations=1,
+        steps=10,
+        batch_prompts=8,
+        mini_batch_prompts=4,
+        micro_batch=16,
+        max_prompt_tokens=256,
+        max_new_tokens=128,
+        lr=2e-5,
+        cold_start_lr=2e-4,
+        sft_lr=1e-5,
+        sft_batch=8,
+        cold_start="dataset",
+        limit=("meld=240", "emorynlp=200"),
+        eval_limit=12,
+        test_limit=12,
+        save_every=1,
+        activation_checkpointing=False,
+    ),
+    "toy": Config(
+        preset="toy",
+        model="data/toy/base",
+        data=("toy=data/toy/world",),
+        out="runs/toy",
+        iterations=2,
+        steps=10,
+        batch_prompts=32,
+        mini_batch_prompts=8,
+        micro_batch=64,
+        max_prompt_tokens=256,
+        max_new_tokens=80,
+        eval_temperatures=(0.0, 1.0),
+        lr=3e-4,
+        cold_start_lr=5e-4,
+        sft_lr=1e-4,
+        eval_every=1000,
+        save_every=5,
+        activation_checkpointing=False,
+    ),
+}
+
+
+# What a resumed run may change; learning rates, so that a run that met a NaN can go on; a server may move.
+MAY_DIFFER = frozenset(
+    {"expert", "resume", "out", "save_every", "kv_budget", "ref_offload", "activation_checkpointing", "versions"}
+    | {"plan", "lr", "cold_start_lr", "sft_lr"}
+)
+
+
+def parse(argv: Sequence[str]) -> Config:
+    """The settings of a command line: flags over the preset's values over the paper's.
+
+    Own --data replaces the preset's data and limits. Raises `UserError` for values that cannot work; an unknown flag or a
+    value of the wrong kind ends the program with status 2 and one message.
+    """
+    given = [(a.partition("="), b) for a, b in zip(argv, [*argv[1:], ""], strict=True)]
+    named = [value if equals else following for (flag, equals, value), following in given if flag == "--preset"]
+    preset = PRESETS.get(named[-1] if named else "paper", PRESETS["paper"])
+    start = replace(preset, data=(), limit=())
+    cfg = tyro.cli(Config, args=list(argv), default=start, use_underscores=True, description=Config.__doc__)
+    if not cfg.data:
+        cfg = replace(cfg, data=preset.data, limit=cfg.limit or preset.limit)
+    check(cfg)
+    return cfg
+
+
+def of_run(settings: Mapping[str, Any]) -> Config:
+    """The settings of a run from its config.json, which holds more."""
+    return Config(**{field.name: settings[field.name] for field in fields(Config) if field.name in settings})
+
+
+def check(cfg: Config) -> None:
+    """Raise `UserError` for settings that cannot work, one line with the mend."""
+    least = {"iterations": 1, "batch_prompts": 1, "n": 2, "mini_batch_prompts": 1, "micro_batch": 1}
+    least |= {"max_prompt_tokens": 1, "max_new_tokens": 1, "sft_batch": 1, "eval_every": 1, "save_every": 1}
+    least |= dict.fromkeys(("steps", "eval_limit", "test_limit", "originals", "max_synthetic", "kv_budget"), 0)
+    least |= dict.fromkeys(("lr", "sft_lr", "cold_start_lr", "clip_eps", "kl_coef", "keep_reward"), 0)
+    for name, low in least.items():
+        if not getattr(cfg, name) >= low:
+            why = " (an answer is compared with its group)" if name == "n" else ""
+            raise UserError(f"--{name} is {getattr(cfg, name)}: it must be at least {low}{why}")
+    if not cfg.temperature > 0 or not all(t >= 0 for t in cfg.eval_temperatures) or not cfg.eval_temperatures:
+        raise UserError("--temperature must be above 0 (greedy answers are all equal), --eval_temperatures at least 0")
+    if (cfg.cold_start == "expert") != bool(cfg.expert):
+        raise UserError("--cold_start expert and --expert URL or DIR go together: give both or neither")

@@ -1,0 +1,239 @@
+"""What a run learns from and is measured on: samples, prompts and tokenizer, the replay buffer, and parsed answers."""
+
+import itertools
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import data
+from common.draws import distinct, first_shuffled, shuffled
+from common.errors import UserError
+from common.flags import number, pairs
+from common.hub import eos_ids, load_tokenizer
+from corpora.dialogue import SPLITS
+from corpora.loading import load, read_gold, read_personas, with_votes
+from corpora.sharing import overlap
+from data import Completion, Sample
+from engine.fast import cuda_graph
+from engine.processes import announce, device_memory, exchange, gathered, rank, share
+from grpo import lam
+from model import Policy
+from rollout import generate
+from training.config import Config
+
+EVALUATION, SELF_EMO_TEST, COLD_START = -1, -2, -3  # stand for a step in the keys of random streams outside of training
+
+
+class NotFinite(Exception):
+    """A NaN or an infinity, with the step and the sample ids; nothing was trained on it."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """Everything a run reads: samples, tokenizer, prompts."""
+
+    cfg: Config
+    tokenizer: Any
+    eos: frozenset[int]
+    prompts: data.Prompts
+    originals: tuple[Sample, ...]  # D0
+    dev: tuple[Sample, ...]
+    test: tuple[Sample, ...]
+
+    def encode(self, sample: Sample) -> tuple[list[int], str]:
+        """Token ids of a sample's prompt, and how its answers begin if the template opened a think block."""
+        return data.encode(self.tokenizer, sample, self.prompts)
+
+    def fits(self, sample: Sample) -> bool:
+        """Whether the prompt keeps to the limit."""
+        return len(self.encode(sample)[0]) <= self.cfg.max_prompt_tokens
+
+    @property
+    def stop(self) -> int:
+        """The stop token that ends a turn of the chat template: the tokenizer's own (Qwen3 has a second one for texts)."""
+        own = self.tokenizer.eos_token_id
+        return own if own in self.eos else min(self.eos)
+
+    @property
+    def S(self) -> int:
+        """RL steps per iteration (D7)."""
+        return self.cfg.steps or math.ceil(len(self.originals) / self.cfg.batch_prompts)
+
+    def lam(self, t: int) -> float:
+        """Lambda at RL step t of the run: t/T, or within the iteration if each starts from the base model (D7)."""
+        if not self.cfg.self_grpo:
+            return 0.0
+        return lam(t % self.S, self.S) if self.cfg.retrain_from == "base" else lam(t, self.cfg.iterations * self.S)
+
+
+@dataclass(frozen=True)
+class Example:
+    """An answer to learn: of the cold start (iteration 0), or kept by an iteration with the new sample d* it makes (Eq. 7).
+
+    In training the prompt is masked and the stop token, the last of `ids`, is learned.
+    """
+
+    sample_id: str
+    prompt_ids: tuple[int, ...]
+    ids: tuple[int, ...]
+    iteration: int = 0
+    child: Sample | None = None
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """The replay buffer: D0, and what selection has kept, in order. What iteration k keeps, k + 1 draws."""
+
+    originals: tuple[Sample, ...]
+    kept: tuple[Example, ...] = ()
+
+    def samples(self, k: int, max_synthetic: int) -> list[Sample]:
+        """D0 and the living synthetic samples at the start of iteration k: one per parent, the newest (D11)."""
+        newest = {kept.sample_id: kept.child for kept in self.kept if kept.child and kept.iteration < k}
+        children = sorted(newest.values(), key=lambda child: (child.iteration, child.id))
+        return [*self.originals, *(children[-max_synthetic:] if max_synthetic else children)]
+
+    def draw(self, k: int, step: int, cfg: Config) -> list[Sample]:
+        """Line 6: the prompts of a step of iteration k, without replacement until the buffer is through (D7)."""
+        samples = self.samples(k, cfg.max_synthetic)
+        first = step * cfg.batch_prompts
+        epochs = range(first // len(samples), (first + cfg.batch_prompts - 1) // len(samples) + 1)
+        order = [sample for epoch in epochs for sample in shuffled(samples, f"{cfg.seed}/prompts/{k}/{epoch}")]
+        first -= epochs[0] * len(samples)
+        return order[first : first + cfg.batch_prompts]
+
+    def add(self, kept: Sequence[Example]) -> "Buffer":
+        """Line 15."""
+        return replace(self, kept=(*self.kept, *kept))
+
+
+def answer(
+    task: Task, policy: Policy, samples: Sequence[Sample], *, n: int, temperature: float, step: int
+) -> list[list[Completion]]:
+    """Generate, decode and parse. `step` keys the random streams: a step >= 0 in training, below that in evaluation.
+
+    The ranks divide the prompts and all get every answer. Raises `NotFinite` where the model's logits are not numbers.
+    """
+    encoded = [task.encode(sample) for sample in samples]
+    keys = [(task.cfg.seed, step, key) for key in distinct([sample.id for sample in samples])]
+    mine = share([len(ids) for ids, _ in encoded])
+    try:
+        found = generate(
+            policy.sampler(),
+            [encoded[i][0] for i in mine],
+            n=n,
+            max_new_tokens=task.cfg.max_new_tokens,
+            temperature=temperature,
+            eos_ids=task.eos,
+            keys=[keys[i] for i in mine],
+            kv_budget=task.cfg.kv_budget or device_memory(policy.device) // 2,
+            progress=sys.stderr.isatty() and rank() == 0,
+            record=cuda_graph if task.cfg.compile and policy.device.type == "cuda" else None,
+        )
+        trouble = ""
+    except FloatingPointError as error:
+        found, trouble = [], str(error)
+    if trouble := next(filter(None, exchange(trouble)), ""):
+        ids, when = [s.id for s in samples], f"RL step {step}" if step >= 0 else "an evaluation"
+        shown = ", ".join(ids[:64]) + f" and {len(ids) - 64} more" * (len(ids) > 64)
+        raise NotFinite(f"{trouble} at {when}; prompts: {shown}")
+    own = {i * n + j: as_numbers(c) for i, group in zip(mine, found, strict=True) for j, c in enumerate(group)}
+    rows = iter([from_numbers(numbers) for numbers in gathered(own)])
+    return [
+        [read(task, sample, prefix, completion) for completion in itertools.islice(rows, n)]
+        for sample, (_, prefix) in zip(samples, encoded, strict=True)
+    ]
+
+
+def read(task: Task, sample: Sample, prefix: str, completion: Completion) -> Completion:
+    """The completion with its text and what that says (Eq. 6). `prefix`: a think block that the template has begun."""
+    text = data.answer_text(task.tokenizer, completion.ids, task.eos, prefix)
+    return replace(completion, text=text, parse=data.parse_output(text, sample.labels, finished=completion.finished))
+
+
+def as_numbers(completion: Completion) -> list[float]:
+    """A completion as one row of numbers, as ranks exchange it."""
+    return [completion.finished, *completion.ids, *completion.logprobs]
+
+
+def from_numbers(numbers: Sequence[float]) -> Completion:
+    """The completion that `as_numbers` wrote."""
+    finished, *rest = numbers
+    tokens = len(rest) // 2
+    return Completion(tuple(map(int, rest[:tokens])), tuple(rest[tokens:]), bool(finished))
+
+
+def open_task(cfg: Config) -> Task:
+    """Read data, tokenizer and prompts, and say what there is. Raises `UserError` for what is missing or wrong."""
+    splits = read_splits(cfg)
+    tokenizer = load_tokenizer(cfg.model)
+    prompts = data.read_prompts(Path(cfg.prompts)) if cfg.prompts else data.DEFAULT
+    task = Task(cfg, tokenizer, eos_ids(cfg.model, tokenizer), prompts, (), (), ())
+    fitting = {split: tuple(filter(task.fits, samples)) for split, samples in splits.items()}
+    if not fitting["train"]:
+        raise UserError(f"no training prompt has at most {cfg.max_prompt_tokens} tokens: raise --max_prompt_tokens")
+    for split, samples in splits.items():
+        dropped = len(samples) - len(fitting[split])
+        announce(f"{split}: {len(fitting[split])} samples" + f", {dropped} over --max_prompt_tokens dropped" * (dropped > 0))
+    announce(mixture_line(fitting["train"]))
+    described = sum(sample.responder.persona is not None for sample in fitting["train"])
+    if cfg.personas or not described:
+        none = "no personas given: prompts describe nobody (Eq. 4: python -m experts personas, then --personas)"
+        announce(f"personas: {described} of {len(fitting['train'])} training prompts have one" if cfg.personas else none)
+    if all(len(sample.gold) == 1 for sample in fitting["train"]):
+        announce("gold is one label per sample: answers that all name it alone leave Eq. 12 nothing to compare (D14)")
+    return replace(task, originals=fitting["train"], dev=fitting["dev"], test=fitting["test"])
+
+
+def mixture_line(samples: Sequence[Sample]) -> str:
+    """How often each dataset is drawn: all samples in one seeded shuffle, so by size; each keeps its own labels."""
+    parts = [
+        f"{name} {100 * len(own) / len(samples):.1f} % ({len(own)} samples, {len(own[0].labels)} labels)"
+        for name, own in group_by_dataset(samples).items()
+    ]
+    return f"prompts are drawn by size of dataset, seeded: {', '.join(parts)}"
+
+
+def read_splits(cfg: Config) -> dict[str, list[Sample]]:
+    """The samples of every split over all datasets, limited as the settings say, by size and seeded."""
+    roots = pairs("data", cfg.data)
+    limits = {name: number(value) for name, value in pairs("limit", cfg.limit).items()}
+    if unknown := set(limits) - set(roots):
+        raise UserError(f"--limit names {', '.join(sorted(unknown))}, which is not among --data")
+    splits: dict[str, list[Sample]] = {split: [] for split in SPLITS}
+    for (name, split), samples in read_samples(cfg, roots).items():
+        most = {"train": limits.get(name, 0), "dev": cfg.eval_limit, "test": cfg.test_limit}[split]
+        splits[split] += first_shuffled(samples, most, f"{cfg.seed}/limit/{name}/{split}")
+    return {**splits, "train": first_shuffled(splits["train"], cfg.originals, f"{cfg.seed}/originals")}
+
+
+def read_samples(cfg: Config, roots: Mapping[str, str]) -> dict[tuple[str, str], list[Sample]]:
+    """The samples of every (dataset, split), with the gold and the personas that the settings ask for."""
+    keys = [(name, split) for name in roots for split in SPLITS]
+    votes = with_votes(roots, cfg.soft_labels)
+    personas = read_personas(Path(cfg.personas)) if cfg.personas else None
+    found = [
+        sample
+        for name, split in keys
+        for sample in data.read_samples(
+            name, roots[name], split, context=cfg.context, soft_labels=votes[name], personas=personas,
+            persona_scope=cfg.persona_scope,
+        )
+    ]  # fmt: skip
+    if cfg.drop_overlap:  # D24
+        train, test = (
+            [d for name in roots for d in load(name, roots[name], split, context=cfg.context)] for split in ("train", "test")
+        )
+        gone = overlap(train, test)
+        found = [sample for sample in found if sample.dialogue not in gone]
+    if cfg.gold:
+        found = data.with_gold(found, read_gold(Path(cfg.gold)))
+    return {key: [sample for sample in found if sample.id.startswith(f"{key[0]}/{key[1]}/")] for key in keys}
+
+
+def group_by_dataset(samples: Sequence[Sample]) -> dict[str, Sequence[Sample]]:
+    """Samples by dataset, in order."""
+    return {name: [s for s in samples if s.dataset == name] for name in dict.fromkeys(s.dataset for s in samples)}

@@ -15,7 +15,6 @@ from conftest import lines, results
 
 import data
 from common.errors import UserError
-from corpora import loading
 from tools import ablate
 from tools.ablate import Ablate, Job, Row
 from training import config
@@ -51,7 +50,7 @@ def test_the_row_with_cold_needs_an_expert():
 def test_one_hot_gold_is_the_heaviest_label_of_every_training_sample(place):
     cfg = config.parse(place.argv("nowhere"))
     gold = {row["id"]: row["weights"] for row in ablate.one_hot_gold(cfg)}
-    train = data.samples(loading.load("tiny", place.root / "world", "train"), loading.label_set("tiny", place.root / "world"))
+    train = data.read_samples("tiny", place.root / "world", "train")
     assert gold == {s.id: {max(s.gold, key=s.gold.get): 1.0} for s in train}
     assert any(len(s.gold) > 1 for s in train)
     rows = ablate.table_rows(24, False, Path("gold.jsonl"), ())

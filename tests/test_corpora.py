@@ -126,7 +126,7 @@ def test_what_cannot_be_had_is_one_line_and_leaves_nothing(server, tmp_path, pla
 
 def test_a_file_that_is_there_is_not_asked_for_again(server, tmp_path):
     server.plan = ["truncates"] * 2
-    with pytest.raises(UserError, match="the connection ended after 100000 of 262144 bytes, 2 times|IncompleteRead.*2 times"):
+    with pytest.raises(UserError, match="the connection ended after 100000 of 262144 bytes, 2 times"):
         get(server, tmp_path, tries=2)
     assert there(tmp_path) == {}
     get(server, tmp_path)

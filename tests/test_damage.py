@@ -321,14 +321,9 @@ def test_a_record_of_another_shape_is_named(place, finished, tmp_path, name):
     lines = read_lines(finished / name)
     for broken in ({"sample_id": "x"}, {**lines[0], "child": 5, "ids": 5, "context": 5}):
         with pytest.raises(UserError, match=rf"{name} line 2 is not what a run writes"):
-            builders = {"cold_start.jsonl": lambda x: tuple(x["ids"]), "selfemo_test.jsonl": runs_sample,
-                        "buffer.jsonl": lambda x: runs_sample(x["child"])}  # fmt: skip
-            files.each(tmp_path / name, [lines[0], broken], builders[name])
-
-
-def runs_sample(record):
-
-    return sample_from_record(record)
+            builders = {"cold_start.jsonl": lambda x: tuple(x["ids"]), "selfemo_test.jsonl": sample_from_record,
+                        "buffer.jsonl": lambda x: sample_from_record(x["child"])}  # fmt: skip
+            files.build_records(tmp_path / name, [lines[0], broken], builders[name])
 
 
 def test_main_says_it_in_one_line_and_exits_with_2(place, finished, tmp_path):

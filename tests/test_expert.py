@@ -18,7 +18,6 @@ from conftest import lines
 from endpoint import completion, model_answer, serving
 
 import data
-import selfemo
 from common.draws import stable_hash
 from common.errors import UserError
 from corpora import loading
@@ -26,7 +25,7 @@ from corpora.dialogue import SPLITS, Dialogue, Turn
 from data import Failure, Responder, Sample
 from experts import __main__, answers, asking, contracts
 from experts.asking import Reply, Settings, Unanswered
-from training import config
+from training import coldstart, config
 from training.task import open_task
 
 ROOT = Path(__file__).parent.parent
@@ -391,7 +390,7 @@ def test_a_job_killed_midway_goes_on_and_pays_for_no_answer_twice(tmp_path):
         flags = ["--data", f"tiny={tmp_path / 'world'}", "--expert", server.url, "--expert_model", "m"]
         argv = ["personas", *flags, "--out", str(tmp_path / "p.jsonl"), "--concurrency", "1"]
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        job = subprocess.Popen([sys.executable, "expert.py", *argv], cwd=ROOT, **quiet)
+        job = subprocess.Popen([sys.executable, "-m", "experts", *argv], cwd=ROOT, **quiet)
         cache = tmp_path / "p.jsonl.cache"
         end = time.monotonic() + 120
         while time.monotonic() < end and not (cache.exists() and cache.read_bytes().count(b"\n") >= 5):
@@ -661,9 +660,9 @@ def test_d17_the_expert_answers_the_training_prompts_and_resume_pays_nothing_twi
     pytest.importorskip("openai")
     with serving(model_answer(str(place.root / "base"))) as server:
         w = cold_world(place, tmp_path / "run", *expert_flags(server.url, models=["m"]))
-        examples = selfemo.expert_answers(w, None)
+        examples = coldstart.expert_answers(w, None)
         first = len(server.seen)
-        assert selfemo.expert_answers(w, None) == examples
+        assert coldstart.expert_answers(w, None) == examples
     assert first == len(server.seen) <= len(w.originals) == 24
     assert all(any(x["messages"] == data.messages(s, w.prompts) for x in server.seen) for s in w.originals)
     assert server.seen[0]["temperature"] == 1.0 and server.seen[0]["max_tokens"] == 24
@@ -702,7 +701,7 @@ def test_an_expert_without_one_valid_answer_is_a_users_mistake(place, tmp_path):
     with serving(echo) as server:
         w = cold_world(place, tmp_path / "run", *expert_flags(server.url, models=["m"]))
         with pytest.raises(UserError, match="think 24"):
-            selfemo.expert_answers(w, None)
+            coldstart.expert_answers(w, None)
 
 
 VALID = data.format_output("Ann feels joy.", {"joy": 1.0}, {"anger": 0.8}, "The bus is late.")
@@ -720,7 +719,8 @@ def test_an_experts_text_becomes_tokens_of_the_policy(place, tmp_path):
         "think": said(VALID.replace("<think>", "")),
         "too_long": said(VALID.replace("joy", "joy " * 30, 1)),
     }
-    assert {name: answers.taught_ids(w, s, reply).reason for name, reply in wanted.items()} == {name: name for name in wanted}
+    reasons = {name: answers.taught_ids(w, s, reply).reason for name, reply in wanted.items()}
+    assert reasons == {name: name for name in wanted}
     for forged in ("<|im_start|>", "<|im_end|>"):
         assert answers.taught_ids(w, s, said(VALID.replace("feels", forged, 1))).reason == "control"
 

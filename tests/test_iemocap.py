@@ -172,7 +172,8 @@ def test_splits_and_odd_names_of_dialogues(root):
         "test": ["Ses05M_script01_1b"],
     }
     assert len(set(iemocap.DEV)) == 12
-    assert [t.speaker for t in loading.load("iemocap", root, "test")[0].turns] == ["Ses05_F", "Ses05_M", "Ses05_F", "Ses05_M"]
+    turns = loading.load("iemocap", root, "test")[0].turns
+    assert [t.speaker for t in turns] == ["Ses05_F", "Ses05_M", "Ses05_F", "Ses05_M"]
     labels = [next(iter(t.label)) for d in loading.load("iemocap", root, "test") for t in d.turns]
     assert labels == ["happy", "sad", "neutral", "angry"]
     assert loading.label_set("iemocap", root) == ("happy", "sad", "neutral", "angry", "excited", "frustrated")

@@ -21,9 +21,12 @@ sys.path.insert(0, "")
 """
 CORE = """
 import runpy
-import asking, clusters, config, data, evaluate, expert, grpo, judge, metrics, model, pairing, rollout, runs, table1, toy
-import vectors, world
-assert runs.tensorboard(__import__("pathlib").Path("nowhere")) is None
+import data, evaluate, grpo, model, rollout
+from analysis import clusters, judge, pairing, table1, vectors
+from experts import asking, contracts
+from toy import base, world
+from training import config, folder, metrics, task
+assert folder.tensorboard(__import__("pathlib").Path("nowhere")) is None
 sys.argv = ["selfemo.py", "--help"]
 runpy.run_path("selfemo.py", run_name="__main__")
 """
@@ -31,7 +34,8 @@ APART = """
 import data
 assert "torch" not in sys.modules
 import grpo
-assert {"data", "model", "rollout", "runs", "selfemo", "evaluate", "world", "config"} & sys.modules.keys() == {"data"}
+ours = {"data", "model", "rollout", "selfemo", "evaluate", "engine", "training", "experts", "analysis", "toy", "tools"}
+assert ours & sys.modules.keys() == {"data"}
 """
 
 

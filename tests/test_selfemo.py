@@ -119,7 +119,8 @@ def test_order_of_prompts_depends_on_seed_and_iteration():
 def test_d7_every_iteration_draws_from_the_beginning_of_its_own_buffer(monkeypatch):
     """3 samples, 2 a step: S = 2. RL steps 0 and 1 are draws 0 and 1 of iteration 1, 2 and 3 those of iteration 2."""
     asked = []
-    idle = {name: lambda *_: None for name in ("cold_start", "rollout", "score", "update", "select", "write_down", "retrain", "finish")}
+    names = ("cold_start", "rollout", "score", "update", "select", "write_down", "retrain", "finish")
+    idle = {name: lambda *_: None for name in names}
     steps = {"rl_steps": lambda run, w, policy, k: iter([2 * k - 2, 2 * k - 1]), "keep": lambda *_: []}
     for name, stand_in in {**idle, **steps, "open_buffer": lambda run, w: Buffer(w.originals)}.items():
         monkeypatch.setattr(selfemo, name, stand_in)
@@ -208,7 +209,7 @@ def test_prompts_over_the_limit_are_dropped_and_counted(place, capsys):
 def taught(monkeypatch):
     """What `retrain` hands to `sft`."""
     found = []
-    monkeypatch.setattr(coldstart, "sft", lambda run, world, policy, stage, examples, lr: found.append((stage, examples, lr)))
+    monkeypatch.setattr(coldstart, "sft", lambda run, task, policy, stage, examples, lr: found.append((stage, examples, lr)))
     return found
 
 
@@ -246,7 +247,8 @@ def test_d12_current_learns_the_answers_of_this_iteration(taught):
     selfemo.retrain(desk(stage=4, step=1), w, None, Buffer(w.originals, HISTORY), 2)
     ((stage, examples, rate),) = taught
     assert (stage, rate) == (4, 0.5)
-    assert [(x.sample_id, x.prompt_ids, x.ids) for x in examples] == [("w/train/0", (5,), (8, 9)), ("w/train/0+1", (7,), (4, 9))]
+    learnt = [(x.sample_id, x.prompt_ids, x.ids) for x in examples]
+    assert learnt == [("w/train/0", (5,), (8, 9)), ("w/train/0+1", (7,), (4, 9))]
 
 
 def test_d12_base_learns_the_latest_answer_of_every_prompt_and_cold_start_targets_of_the_others(taught, tmp_path):

@@ -20,12 +20,13 @@ from corpora import loading
 from corpora.dialogue import Turn
 from data import Failure, Output
 from model import Group, Policy
-from toy import base, world
+from toy import base as toy_base
+from toy import world
 from toy.world import LABELS
 
 SPLITS = ("train", "dev", "test")
 SEEDS = (0, 1, 2)
-REPO = Path(base.__file__).parent
+REPO = Path(toy_base.__file__).parent
 
 
 def masked(text):
@@ -44,7 +45,7 @@ def folders(tmp_path_factory):
     """The dialogues of three seeds."""
     root = tmp_path_factory.mktemp("toy")
     for seed in SEEDS:
-        base.write_world(root / str(seed), seed)
+        toy_base.write_world(root / str(seed), seed)
     return {seed: root / str(seed) for seed in SEEDS}
 
 
@@ -52,7 +53,7 @@ def folders(tmp_path_factory):
 def samples(folders):
     """Samples by seed and split, read as any other dataset is."""
     return {
-        seed: {split: data.samples(loading.load("toy", folder, split), loading.label_set("toy", folder)) for split in SPLITS}
+        seed: {split: data.read_samples("toy", folder, split) for split in SPLITS}
         for seed, folder in folders.items()
     }
 
@@ -61,7 +62,7 @@ def samples(folders):
 def base(tmp_path_factory, samples):
     """A base model after two steps: everything but what it knows."""
     folder = tmp_path_factory.mktemp("toy") / "base"
-    base.write_base(folder, samples[0]["train"][:40], 0, steps=2)
+    toy_base.write_base(folder, samples[0]["train"][:40], 0, steps=2)
     return folder
 
 
@@ -69,7 +70,7 @@ def base(tmp_path_factory, samples):
 def tokenizer(samples):
     """The tokenizer as it is built, of prompts and gold answers."""
     train = samples[0]["train"]
-    return base.tokenizer(rendered(train), [world.gold_target(s) for s in train])
+    return toy_base.make_tokenizer(rendered(train), [world.gold_target(s) for s in train])
 
 
 def rendered(samples):
@@ -82,7 +83,7 @@ def rendered(samples):
 
 def test_a_seed_decides_the_world(folders, tmp_path):
     """Byte for byte; another seed is another world."""
-    base.write_world(tmp_path / "again", 0)
+    toy_base.write_world(tmp_path / "again", 0)
     for name in ("train.jsonl", "dev.jsonl", "test.jsonl", "labels.json"):
         assert (tmp_path / "again" / name).read_bytes() == (folders[0] / name).read_bytes()
     assert (folders[0] / "train.jsonl").read_bytes() != (folders[1] / "train.jsonl").read_bytes()
@@ -261,7 +262,7 @@ def test_lessons_are_imperfect(samples):
     """Of 2,000 lessons a tenth breaks the rule, some list two emotions, and gold is the minority's."""
     rng = random.Random(0)
     unsure = [s for s in samples[0]["train"] if dict(world.surface_reader(s)) != s.gold]
-    read = [(s, data.parse_output(base.lesson(s, rng), s.labels)) for s in rng.choices(unsure, k=2000)]
+    read = [(s, data.parse_output(toy_base.lesson(s, rng), s.labels)) for s in rng.choices(unsure, k=2000)]
     valid = [(s, p) for s, p in read if isinstance(p, Output)]
     assert 0.88 < len(valid) / len(read) < 0.92
     gold = sum(p.last_emotions == s.gold for s, p in valid) / len(valid)
@@ -273,7 +274,7 @@ def test_lessons_are_imperfect(samples):
 def test_every_slip_breaks_the_rule(samples):
     """And they are four different ones."""
     sample = samples[0]["train"][0]
-    broken = {base.slip(world.gold_target(sample), random.Random(seed)) for seed in range(40)}
+    broken = {toy_base.slip(world.gold_target(sample), random.Random(seed)) for seed in range(40)}
     found = [data.parse_output(text, sample.labels) for text in broken]
     assert len(broken) == 4 and all(isinstance(p, Failure) for p in found)
 
@@ -293,7 +294,7 @@ def test_targets_survive_the_tokenizer(base, samples):
     tokenizer = load_tokenizer(base)
     for sample in samples[0]["test"][:100]:
         text = world.gold_target(sample)
-        ids = tokenizer.encode(text + base.END)
+        ids = tokenizer.encode(text + toy_base.END)
         assert ids[-1] == tokenizer.eos_token_id and ids.count(tokenizer.eos_token_id) == 1
         assert data.answer_text(tokenizer, ids, {tokenizer.eos_token_id}, "") == text
 
@@ -331,7 +332,7 @@ def test_size_of_the_model(tokenizer):
 
     A layer: q and o 128 x 128, k and v 128 x 64, three matrices 128 x 384, norms 2 * 128 + 2 * 32.
     """
-    policy = base.new_policy(tokenizer)
+    policy = toy_base.new_policy(tokenizer)
     assert sum(p.numel() for p in policy.parameters()) == 509184
 
 
@@ -339,9 +340,9 @@ def test_a_seed_decides_the_base_model(base, samples, tmp_path):
     """Weights and tokenizer byte for byte, whatever the state of torch's generator, which is left as it was."""
     torch.manual_seed(123)
     before = torch.get_rng_state()
-    base.write_base(tmp_path / "again", samples[0]["train"][:40], 0, steps=2)
+    toy_base.write_base(tmp_path / "again", samples[0]["train"][:40], 0, steps=2)
     assert torch.equal(torch.get_rng_state(), before)
-    base.write_base(tmp_path / "other", samples[0]["train"][:40], 1, steps=2)
+    toy_base.write_base(tmp_path / "other", samples[0]["train"][:40], 1, steps=2)
     for name in ("model.safetensors", "tokenizer.json"):
         assert (tmp_path / "again" / name).read_bytes() == (base / name).read_bytes()
     assert (tmp_path / "other" / "model.safetensors").read_bytes() != (base / "model.safetensors").read_bytes()
@@ -351,11 +352,11 @@ def test_teaching_teaches(samples, tokenizer):
     """25 steps on one lesson make it the likely answer."""
     sample = samples[0]["train"][0]
     torch.manual_seed(0)
-    policy = base.new_policy(tokenizer)
-    answer = tokenizer.encode(world.gold_target(sample) + base.END)
+    policy = toy_base.new_policy(tokenizer)
+    answer = tokenizer.encode(world.gold_target(sample) + toy_base.END)
     lesson = Group(data.encode(tokenizer, sample, data.DEFAULT)[0], [answer])
     start = policy([lesson])[0].sum().item() / len(answer)
-    base.teach(policy, iter([lesson] * 25 * base.GROUPS), 25)
+    toy_base.teach(policy, iter([lesson] * 25 * toy_base.GROUPS), 25)
     assert start < -5 and policy([lesson])[0].sum().item() / len(answer) > -0.3
 
 
@@ -374,18 +375,18 @@ def test_build_writes_both_folders_or_neither(tmp_path, monkeypatch):
         raise RuntimeError("no space")
 
     root = tmp_path / "deep" / "toy"
-    monkeypatch.setattr(base, "write_base", good)
-    base.build(root)
+    monkeypatch.setattr(toy_base, "write_base", good)
+    toy_base.build(root)
     assert sorted(p.name for p in root.iterdir()) == ["base", "world"]
     assert (root / "base" / "config.json").read_text() == "0 True"
     world = (root / "world" / "train.jsonl").read_bytes()
-    monkeypatch.setattr(base, "write_base", bad)
+    monkeypatch.setattr(toy_base, "write_base", bad)
     with pytest.raises(RuntimeError, match="no space"):
-        base.build(root, seed=1)
+        toy_base.build(root, seed=1)
     assert sorted(p.name for p in root.iterdir()) == ["base", "world"]
     assert (root / "world" / "train.jsonl").read_bytes() == world
-    monkeypatch.setattr(base, "write_base", good)
-    base.build(root, seed=1)
+    monkeypatch.setattr(toy_base, "write_base", good)
+    toy_base.build(root, seed=1)
     assert (root / "world" / "train.jsonl").read_bytes() != world
     assert (root / "base" / "config.json").read_text() == "1 True"
 
@@ -395,7 +396,7 @@ def test_baselines_command(folders, tmp_path):
     root = tmp_path / "toy"
     root.mkdir()
     (root / "world").symlink_to(folders[0])
-    done = subprocess.run([sys.executable, "toy.py", "baselines", str(root)], cwd=REPO, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "toy", "baselines", str(root)], cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert [line.split(" (")[0] + line.split(")")[1].split(":")[0] for line in lines] == [

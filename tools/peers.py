@@ -1,4 +1,4 @@
-"""The sides of tools.bench: ours, transformers, TRL and vLLM, each in a process of its own and in whatever interpreter has it.
+"""The sides of tools.bench: ours, transformers, TRL and vLLM, each in a process of whatever interpreter has it.
 
     python -m tools.peers NAME MODEL DTYPE
 

@@ -396,7 +396,7 @@ def test_baselines_command(folders, tmp_path):
     root = tmp_path / "toy"
     root.mkdir()
     (root / "world").symlink_to(folders[0])
-    done = subprocess.run([sys.executable, "-m", "toy", "baselines", str(root)], cwd=REPO, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "toy", "baselines", str(root)], cwd=Path(__file__).parent.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert [line.split(" (")[0] + line.split(")")[1].split(":")[0] for line in lines] == [

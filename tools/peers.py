@@ -137,7 +137,7 @@ def trl(model: str, dtype: str) -> Side:
     class Clock(TrainerCallback):
         """Wall time of every optimizer step: the batch is at hand, generation comes first."""
 
-        steps: list[float] = []  # noqa: RUF012
+        steps: list[float] = []
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             self.started = time.perf_counter()

@@ -27,14 +27,17 @@ from common.flags import Pairs, roots
 from common.scanner import NUMBER, SIGN, WORD, Broken, Scanner
 from common.text import clean
 from corpora import iemocap
-from corpora.check import AuditCommand, audit
+from corpora.check import audit
 from corpora.dialogue import SPLITS, Dialogue, Turn, Weights, is_group
-from corpora.download import DownloadCommand, download
-from corpora.loading import Personas, label_set, load
+from corpora.download import download
+from corpora.loading import Context, Personas, label_set, load
 from corpora.strict import file_text, json_value, reading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+Scope = Literal["none", "context", "dialogue"]  # what the personas of dev and test were made from (D28)
+
 
 @dataclass(frozen=True)
 class Responder:
@@ -121,10 +124,10 @@ def read_samples(
     root: str | Path,
     split: str,
     *,
-    context: Literal["labelled", "all"] = "labelled",
+    context: Context = "labelled",
     soft_labels: bool = False,
     personas: Personas | None = None,
-    persona_scope: Literal["none", "context", "dialogue"] = "none",
+    persona_scope: Scope = "none",
 ) -> list[Sample]:
     """The original samples of one split of a dataset: `corpora.loading.load`, then `samples`. Raises `UserError`."""
     dialogues = load(dataset, root, split, context=context, soft_labels=soft_labels)
@@ -136,7 +139,7 @@ def samples(
     labels: Sequence[str],
     *,
     personas: Personas | None = None,
-    persona_scope: Literal["none", "context", "dialogue"] = "none",
+    persona_scope: Scope = "none",
 ) -> list[Sample]:
     """One original sample per labelled turn, id <dialogue key>/<utterance id>.
 
@@ -168,16 +171,6 @@ def _responder(turns: Sequence[Turn], i: int) -> tuple[str | None, Literal["next
     if after:
         return turns[after[0]].speaker, "next" if after[0] == i + 1 else "later"
     return (turns[before[-1]].speaker, "prev") if before else (None, "none")
-
-
-def with_gold(samples: Iterable[Sample], gold: Mapping[str, Weights]) -> list[Sample]:
-    """The samples with other gold. Raises UserError for an id that no sample has, and for an unknown label."""
-    known = {sample.id: sample for sample in samples}
-    for key, weights in gold.items():
-        if key not in known or not weights.keys() <= set(known[key].labels):
-            labels = f"{', '.join(weights)}: labels are {', '.join(known[key].labels)}" if key in known else "no such sample"
-            raise UserError(f"--gold: {key}: {labels}")
-    return [replace(s, gold=dict(gold[s.id])) if s.id in gold else s for s in known.values()]
 
 
 # Prompts: the contract of Table 5 in our words (D16)
@@ -420,57 +413,42 @@ def new_sample(sample: Sample, output: Output, iteration: int) -> Sample | str:
 # The commands
 
 
-@dataclass(frozen=True)
-class StatsCommand:
-    """Count dialogues, samples, labels, responders and prompt lengths."""
+def stats(data: Pairs, tokenizer: str = "", context: Context = "labelled") -> Iterator[str]:
+    """Count dialogues, samples, labels, responders and prompt lengths.
 
-    data: Pairs
-    """NAME=DIR of a dataset; repeatable."""
-    tokenizer: str = ""
-    """Hugging Face folder: count its tokens instead of words."""
-    context: Literal["labelled", "all"] = "labelled"
-    """Turns of IEMOCAP in the context: labelled ones as the benchmarks, or all."""
-
-
-def stats(wanted: StatsCommand) -> Iterator[str]:
-    """The lines of the table, four for each split; IEMOCAP's self-check after its splits."""
-    tokenizer = None
-    if wanted.tokenizer:
+    Args:
+        data: NAME=DIR of a dataset; repeatable.
+        tokenizer: Hugging Face folder: count its tokens instead of words.
+        context: Turns of IEMOCAP in the context: labelled ones as the benchmarks, or all.
+    """
+    opened = None
+    if tokenizer:
         from common.hub import load_tokenizer  # torch comes with it
 
-        tokenizer = load_tokenizer(wanted.tokenizer)
-    for name, root in roots(wanted.data).items():
-        splits = {split: load(name, root, split, context=wanted.context) for split in SPLITS}
+        opened = load_tokenizer(tokenizer)
+    for name, root in roots(data).items():
+        splits = {split: load(name, root, split, context=context) for split in SPLITS}
         for split, dialogues in splits.items():
             made = samples(dialogues, label_set(name, root))
-            labels = Counter(max(s.gold, key=s.gold.__getitem__) for s in made)
-            kinds = Counter(s.responder.kind for s in made)
+            labels, kinds = Counter(heaviest(s.gold) for s in made), Counter(s.responder.kind for s in made)
             yield f"{name}/{split}: {len(dialogues)} dialogues, {len(made)} samples"
             yield "  labels: " + ", ".join(f"{label} {n}" for label, n in labels.most_common())
             yield "  responders: " + ", ".join(f"{kind} {n}" for kind, n in kinds.most_common())
             words = [" ".join(m["content"] for m in messages(s, DEFAULT)).split() for s in made]
-            n = sorted(map(len, [encode(tokenizer, s, DEFAULT)[0] for s in made] if tokenizer else words)) or [0]
+            n = sorted(map(len, [encode(opened, s, DEFAULT)[0] for s in made] if opened else words)) or [0]
             p50, p95 = (n[round(q * (len(n) - 1))] for q in (0.5, 0.95))
-            unit = "tokens" if tokenizer else "words"
+            unit = "tokens" if opened else "words"
             yield f"  {unit} a prompt: mean {statistics.fmean(n):.0f}, p50 {p50}, p95 {p95}, max {n[-1]}"
         if name == "iemocap":
-            found = iemocap.fingerprint(d for dialogues in splits.values() for d in dialogues)
-            yield f"iemocap: self-check {'passed' if found == iemocap.FINGERPRINT else 'failed'} (SHA-256 {found})"
+            yield "iemocap: self-check {} ({})".format(*iemocap.self_check(d for split in splits.values() for d in split))
 
 
 def main() -> int:
     """Run a command: stats, download or audit. See `common.errors.command` for the exit status."""
+    commands: dict[str, Callable[..., Iterator[str]]] = {"stats": stats, "download": download, "audit": audit}
 
     def work() -> None:
-        named: dict[str, Callable[..., Any]] = {"stats": StatsCommand, "download": DownloadCommand, "audit": AuditCommand}
-        match tyro.extras.subcommand_cli_from_dict(named, description=__doc__):
-            case StatsCommand() as wanted:
-                lines = stats(wanted)
-            case DownloadCommand() as wanted:
-                lines = download(wanted)
-            case AuditCommand() as wanted:
-                lines = audit(wanted)
-        for line in lines:
+        for line in tyro.extras.subcommand_cli_from_dict(commands, description=__doc__):
             print(line, flush=True)
 
     return command(work)

@@ -38,22 +38,20 @@ FILES = tuple(
 )
 
 
-@dataclass(frozen=True)
-class DownloadCommand:
-    """Fetch MELD and EmoryNLP, and say how to get IEMOCAP."""
-
-    to: Path = Path("data")
-    """Folder for meld/ and emorynlp/."""
-
-
 class Again(Exception):
     """A fault that another try may mend."""
 
 
-def download(command: DownloadCommand) -> Iterator[str]:
-    """What became of each file. Raises UserError for what does not arrive; what has arrived stays."""
+def download(to: Path = Path("data")) -> Iterator[str]:
+    """Fetch MELD and EmoryNLP, and say how to get IEMOCAP.
+
+    One line per file says what became of it. Raises UserError for what does not arrive; what has arrived stays.
+
+    Args:
+        to: Folder for meld/ and emorynlp/.
+    """
     for remote in FILES:
-        yield f"{command.to / remote.path}: {fetch(remote, command.to)}"
+        yield f"{to / remote.path}: {fetch(remote, to)}"
     yield iemocap.REQUEST
 
 

@@ -14,6 +14,7 @@ from corpora import iemocap
 from corpora.dialogue import LABELS, SPLITS, Dialogue, Turn
 from corpora.strict import emotion_weights, file_text, json_value, known_fields, needed_text, reading, records, whole_number
 
+Context = Literal["labelled", "all"]  # turns of IEMOCAP in a context: those that benchmarks label, or all
 Personas = Mapping[str, Mapping[str, tuple[str, ...]]]  # dialogue key -> speaker -> a sentence of each expert
 
 
@@ -29,7 +30,7 @@ def load(
     root: str | Path,
     split: str,
     *,
-    context: Literal["labelled", "all"] = "labelled",
+    context: Context = "labelled",
     soft_labels: bool = False,
 ) -> list[Dialogue]:
     """The dialogues of one split: `meld` and `emorynlp` from the CSV files of declare-lab/MELD, `iemocap` from its official

@@ -10,17 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
-import data
-import selfemo
-from common.hub import quiet_transformers
-from model import ATTENTION, Group, Policy
-
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
+
+import data
+import selfemo
+from common.hub import quiet_transformers
+from model import ATTENTION, Group, Policy
 
 torch.set_num_threads(1)
 quiet_transformers()

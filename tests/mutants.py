@@ -125,7 +125,7 @@ def run_tests(folder: Path, tests: Sequence[str]) -> None:
     for stream in (1, 2):
         os.dup2(os.open("said.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     places = {name: Path(getattr(module, "__file__", None) or "/").parent for name, module in sys.modules.items()}
-    for name in (n for n, place in places.items() if place in (ROOT, ROOT / "tools") and n != "__main__"):
+    for name in (n for n, place in places.items() if ROOT in (place, place.parent) and n != "__main__"):
         del sys.modules[name]
     sys.path[:] = [str(folder), *(entry for entry in sys.path if Path(entry).resolve() != ROOT)]
     recorder = Recorder()
@@ -163,8 +163,9 @@ class Trial:
 
 
 def copy_tree(root: Path, target: Path) -> None:
-    """What tests need of a tree: code, settings and documents at its top, tests/ and tools/."""
-    top = {p.name for p in root.iterdir() if p.suffix in (".py", ".toml", ".md", ".txt") or p.name in ("tests", "tools")}
+    """What tests need of a tree: code, settings and documents at its top, the tests and the rooms."""
+    rooms = {path.parent.name for path in root.glob("*/__init__.py")} | {"tests"}
+    top = {path.name for path in root.iterdir() if path.suffix in (".py", ".toml", ".md", ".txt")} | rooms
     shutil.copytree(root, target, ignore=lambda at, names: {*names} - top if Path(at) == root else {"__pycache__"})
 
 

@@ -16,6 +16,7 @@ from corpora.dialogue import LABELS, SPLITS, Dialogue, Turn, is_group
 from data import DEFAULT, Failure, Output, Prompts, Responder, Sample
 from training import coldstart
 from training.records import sample_from_record, sample_record
+from training.task import with_gold
 
 REAL = Path(__file__).parents[1] / "../shared/data"
 needs_csv = pytest.mark.skipif(not REAL.exists(), reason="the CSV files of MELD and EmoryNLP are not beside the repository")
@@ -328,7 +329,7 @@ def test_a_sample_draws_one_expert_for_all_speakers(tmp_path):
 
 def test_gold_from_a_file(tmp_path):
     path = write(tmp_path / "gold.jsonl", '{"id": "meld/train/7/1", "weights": {"Neutral": 0.85, "fear": 0.25}}\n\n')
-    first, second = data.with_gold(data.samples([talk("Ann", "Bo")], MELD), loading.read_gold(path))
+    first, second = with_gold(data.samples([talk("Ann", "Bo")], MELD), loading.read_gold(path))
     assert (first.gold, second.gold) == ({"joy": 1.0}, {"neutral": 0.85, "fear": 0.25})
 
 
@@ -341,7 +342,7 @@ def test_gold_from_a_file(tmp_path):
 )
 def test_gold_must_belong_to_a_sample(gold, message):
     with pytest.raises(UserError, match=message):
-        data.with_gold(data.samples([talk("Ann", "Bo")], MELD), gold)
+        with_gold(data.samples([talk("Ann", "Bo")], MELD), gold)
 
 
 def test_gold_twice_for_a_sample_is_refused(tmp_path):

@@ -413,6 +413,7 @@ FAILING = """
 import sys, torch
 sys.path.insert(0, {root!r})
 import selfemo
+from engine import processes
 torch.cuda.is_available = lambda: False
 inner = selfemo.answer
 def answer(world, policy, samples, **settings):

@@ -362,7 +362,7 @@ def test_weights_of_another_model_are_refused(tmp_path, other):
 
 
 MOMENTS = {  # where a process is killed: generation, update, records and buffer, checkpoint, what makes it durable, export
-    "generation": (selfemo, "answer"),
+    "generation": (task, "generate"),
     "update": (grpo, "policy_loss"),
     "fine-tuning": (coldstart, "sft_step"),
     "records": (folder.Run, "append"),

@@ -65,7 +65,7 @@ def test_a_small_rate_still_moves_the_weights():
     batch = [scored("a", (1.0, -1.0), (4, 5))]
     before = [p.detach().clone() for p in policy.parameters()]
     teacher = learner(policy, replace(CFG, lr=1e-6))
-    mini_batch(policy, teacher, batch, measured(policy, batch, CFG, noise=0), CFG)
+    mini_batch(policy, teacher, batch, *measured(policy, batch, CFG, noise=0), CFG)
     touched = torch.cat([(g != 0).flatten() for g in grads(policy).values()])
     teacher.optimizer.step()
     moved = torch.cat([(a != b).flatten() for a, b in zip(before, policy.parameters(), strict=True)])

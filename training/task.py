@@ -3,7 +3,7 @@
 import itertools
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from common.draws import distinct, first_shuffled, shuffled
 from common.errors import UserError
 from common.flags import number, pairs
 from common.hub import eos_ids, load_tokenizer
-from corpora.dialogue import SPLITS
+from corpora.dialogue import SPLITS, Weights
 from corpora.loading import load, read_gold, read_personas, with_votes
 from corpora.sharing import overlap
 from data import Completion, Sample
@@ -230,8 +230,18 @@ def read_samples(cfg: Config, roots: Mapping[str, str]) -> dict[tuple[str, str],
         gone = overlap(train, test)
         found = [sample for sample in found if sample.dialogue not in gone]
     if cfg.gold:
-        found = data.with_gold(found, read_gold(Path(cfg.gold)))
+        found = with_gold(found, read_gold(Path(cfg.gold)))
     return {key: [sample for sample in found if sample.id.startswith(f"{key[0]}/{key[1]}/")] for key in keys}
+
+
+def with_gold(samples: Iterable[Sample], gold: Mapping[str, Weights]) -> list[Sample]:
+    """The samples with other gold. Raises UserError for an id that no sample has, and for an unknown label."""
+    known = {sample.id: sample for sample in samples}
+    for key, weights in gold.items():
+        if key not in known or not weights.keys() <= set(known[key].labels):
+            labels = f"{', '.join(weights)}: labels are {', '.join(known[key].labels)}" if key in known else "no such sample"
+            raise UserError(f"--gold: {key}: {labels}")
+    return [replace(s, gold=dict(gold[s.id])) if s.id in gold else s for s in known.values()]
 
 
 def group_by_dataset(samples: Sequence[Sample]) -> dict[str, Sequence[Sample]]:

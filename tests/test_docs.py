@@ -368,6 +368,13 @@ def test_links_are_renewed_wherever_they_led(tmp_path):
     assert links.linked(new, "../") == new
 
 
+def test_a_name_leads_into_its_room():
+    lines = text("training/task.py").splitlines()
+    file, line = links.place("training.task.Task.lam")
+    assert file == "training/task.py" and lines[line - 1].startswith("    def lam(self")
+    assert links.place("task.Task.lam") is links.place("training.task.py") is links.place("training.task") is None
+
+
 TABLE_12 = {
     "train_batch_size": 64,
     "max_prompt_length": 4096,
@@ -448,13 +455,13 @@ def accepted():
     """Which flags a program or a subcommand of ours takes."""
     return {
         "selfemo.py": fields("training.config", "Config"),
-        "evaluate.py score": fields("evaluate", "ScoreCommand"),
+        "evaluate.py score": fields("analysis.scoring", "ScoreCommand"),
         "evaluate.py judge": fields("analysis.judge", "JudgeCommand"),
         "evaluate.py personas": fields("analysis.clusters", "PersonasCommand"),
         "evaluate.py audit": {"show", "markdown"},
-        "data.py stats": fields("data", "StatsCommand"),
-        "data.py download": fields("corpora.download", "DownloadCommand"),
-        "data.py audit": fields("corpora.check", "AuditCommand"),
+        "data.py stats": arguments("data", "stats"),
+        "data.py download": arguments("corpora.download", "download"),
+        "data.py audit": arguments("corpora.check", "audit"),
         "-m experts personas": fields("experts.__main__", "Asking") | fields("experts.__main__", "PersonasCommand"),
         "-m experts gold": fields("experts.__main__", "Asking") | fields("experts.__main__", "GoldCommand"),
         "-m toy build": arguments("toy.base", "build"),
@@ -475,7 +482,8 @@ def accepted():
 
 def test_commands_name_files_and_flags_that_exist():
     seen = set()
-    commands = [name for document in DOCUMENTS for name in quoted(present(document)) if ".py " in name or "python -m " in name]
+    names = [name for document in DOCUMENTS for name in quoted(present(document))]
+    commands = [name for name in names if ".py " in name or "python -m " in name]
     shell = [block for document in DOCUMENTS for block in blocks(document)]
     commands += [part for block in shell for line in block.splitlines() for part in line.split("&&")]
     for command in commands:
@@ -500,7 +508,7 @@ def test_flags_in_the_text_exist():
     others = {"nproc_per_node", "nnodes", "shutdown-timeout", "index-url", "help"}
     known = set().union(*accepted().values()) | others
     for document in DOCUMENTS:
-        unknown = {flag for name in quoted(text(document)) for flag in re.findall(r"(?<![\w-])--([\w-]+)", name)} - known
+        unknown = {flag for name in quoted(present(document)) for flag in re.findall(r"(?<![\w-])--([\w-]+)", name)} - known
         assert not unknown, document
 
 
@@ -573,7 +581,8 @@ def test_a_run_logs_exactly_the_metrics_that_are_explained(finished):
 
 
 def test_every_part_of_a_metric_name_stands_in_the_code():
-    source = "".join(text(f"{stem}.py") for stem in ("training/metrics", "training/coldstart", "selfemo", "evaluate", "grpo"))
+    files = ("training/metrics", "training/coldstart", "selfemo", "evaluate", "grpo")
+    source = "".join(text(f"{file}.py") for file in files)
     for name in documented():
         for part in re.split(r"/?<\w+>/?", name):
             words = {part, *part.split("/")}

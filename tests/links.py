@@ -1,10 +1,12 @@
-"""Line links of the documents: `file.name`, test ids and equations, each to the line where it stands.
+"""What the documents say of places: line links of names, test ids and equations, and the README's numbers of lines.
 
-    python -m tests.links            say which links are missing or lead to another line; exit status 1 if any
-    python -m tests.links --write    renew all of them
+    python -m tests.links            say what is missing or no longer true; exit status 1 if anything is
+    python -m tests.links --write    renew all of it
 
-In text, `grpo.iou` and `tests/test_grpo.py::test_x` become links to the line of the def, class or assignment, and
-"[Eq. (10)]()" one to the comment "# Eq. (10)" of the code. Whatever a link led to before is replaced.
+In text, `grpo.iou`, `training.task.Task.lam` (a file of a room) and `tests/test_grpo.py::test_x` become links to the line
+of the def, class or assignment. "[Eq. (10)]()" becomes one to the comment "# Eq. (10)" of grpo.py or data.py, "[Eq. (11) in
+minimal.py]()" one to that of minimal.py. Whatever a link led to before is replaced. In the README's table of files, the
+number of lines of a row is renewed where it is off by more than a twentieth.
 """
 
 import ast
@@ -16,10 +18,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = ("PAPER.md", "docs/curves.md")
-CODE = re.compile(r"((?:tools\.)?\w+)\.([A-Za-z_][\w.]*)")
+FILES = ("minimal", "grpo", "data", "selfemo", "rollout", "model", "evaluate")  # of the root, in reading order
+ROOMS = ("common", "corpora", "engine", "training", "experts", "analysis", "toy", "tools", "tests")
+CODE = re.compile(rf"((?:(?:{'|'.join(ROOMS)})\.)?\w+)\.([A-Za-z_][\w.]*)")
 TEST = re.compile(r"(tests/\w+\.py)::(\w+)")
 NAME = re.compile(r"\[?`([^`\n]+)`(?:\]\([^)\s]*\))?")
-EQUATION = re.compile(r"\[(Eq\. \(\d+\)(?:, (?:left|right))?)\]\([^)\s]*\)")
+EQUATION = re.compile(r"\[(Eq\. \(\d+\)(?:, (?:left|right))?(?: in minimal\.py)?)\]\([^)\s]*\)")
+ROW = re.compile(r"\| \[(\w+(?:\.py)?)\]\(\1\) \| .* \| ([\d,]+) \|")
 
 
 def places(path: Path) -> dict[str, int]:
@@ -46,13 +51,31 @@ def found(file: str) -> dict[str, int]:
 
 
 def equations() -> dict[str, tuple[str, int]]:
-    """ "Eq. (13), left" -> file and line of the comment that opens with it."""
+    """ "Eq. (13), left" or "Eq. (13) in minimal.py" -> file and line of the comment that opens with it."""
     comments = {}
-    for path in sorted(ROOT.glob("*.py")):
-        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-            if match := re.match(r" *# (Eq\. \(\d+\)(?:, (?:left|right))?):", line):
-                comments[match[1]] = (path.name, number)
+    for file in FILES:
+        path = ROOT / f"{file}.py"
+        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n") if path.is_file() else (), 1):
+            if match := re.match(r" *# (Eq\. \(\d+\)(?:, \w+)?):", line):
+                name = f"{match[1].partition(',')[0]} in minimal.py" if file == "minimal" else match[1]
+                comments[name] = (path.name, number)
     return comments
+
+
+def lines_of(where: str) -> int:
+    """How many lines the .py files of a room have, or a file of the root."""
+    paths = [ROOT / where] if where.endswith(".py") else (ROOT / where).glob("*.py")
+    return sum(path.read_text(encoding="utf-8").count("\n") for path in paths)
+
+
+def counted(readme: str) -> str:
+    """The README with the numbers of lines renewed that are off by more than a twentieth."""
+
+    def row(match: re.Match[str]) -> str:
+        said, found = int(match[2].replace(",", "")), lines_of(match[1])
+        return match[0] if abs(said - found) <= found / 20 else f"{match[0][: -len(match[2]) - 2]}{found:,} |"
+
+    return ROW.sub(row, readme)
 
 
 def place(name: str) -> tuple[str, int] | None:
@@ -83,18 +106,22 @@ def linked(text: str, up: str) -> str:
     return "".join(part if i % 2 else EQUATION.sub(equation, NAME.sub(name, part)) for i, part in enumerate(parts))
 
 
+def renewed(document: str) -> str:
+    """What a document should say."""
+    text = (ROOT / document).read_text(encoding="utf-8")
+    return counted(text) if document == "README.md" else linked(text, "../" * document.count("/"))
+
+
 def stale(document: str) -> list[str]:
     """What `--write` would change in a document, a line each."""
-    old = (ROOT / document).read_text(encoding="utf-8")
-    new = linked(old, "../" * document.count("/"))
-    pairs = zip(old.split("\n"), new.split("\n"), strict=True)
-    changed = [(n, set(links(b)) - set(links(a))) for n, (a, b) in enumerate(pairs, 1) if a != b]
+    pairs = zip((ROOT / document).read_text(encoding="utf-8").split("\n"), renewed(document).split("\n"), strict=True)
+    changed = [(n, set(parts(b)) - set(parts(a))) for n, (a, b) in enumerate(pairs, 1) if a != b]
     return [f"{document}:{n}: should be {', '.join(sorted(wanted))}" for n, wanted in changed]
 
 
-def links(line: str) -> list[str]:
-    """All links of a line."""
-    return re.findall(r"\[[^\]]*\]\([^)]*\)", line)
+def parts(line: str) -> list[str]:
+    """All links of a line, and the number at the end of a row."""
+    return re.findall(r"\[[^\]]*\]\([^)]*\)|(?<=\| )[\d,]+(?= \|$)", line)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -102,10 +129,10 @@ def main(argv: Sequence[str]) -> int:
     if argv not in ([], ["--write"]):
         print("error: usage: python -m tests.links [--write]", file=sys.stderr)
         return 2
-    problems = [problem for document in DOCUMENTS for problem in stale(document)]
-    for document in DOCUMENTS if argv else ():
-        path = ROOT / document
-        path.write_text(linked(path.read_text(encoding="utf-8"), "../" * document.count("/")), encoding="utf-8")
+    documents = ("README.md", *DOCUMENTS)
+    problems = [problem for document in documents for problem in stale(document)]
+    for document in documents if argv else ():
+        (ROOT / document).write_text(renewed(document), encoding="utf-8")
     done = "renewed" if argv else "to renew: python -m tests.links --write"
     print("\n".join([*problems, f"{len(problems)} lines {done}"]))
     return 1 if problems and not argv else 0

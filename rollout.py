@@ -5,7 +5,7 @@ A decode step scores an answer's token against both blocks and joins them before
 matrix products at once, and the place of a finished group goes to the next prompt (continuous batching).
 
 Random numbers are counter-based: answer a's token at position t to a prompt is decided by a hash of (seed, step, sample id,
-a, t), so neither batch, order, memory budget nor number of ranks changes an answer. `generate_naive` is the clear version.
+a, t), so neither batch, order, memory budget nor number of ranks changes an answer. `generate_naive` in minimal.py is the clear version.
 
 Shapes: N tokens of a stream, P groups, G most rows of a group, R rows (unfinished answers), S prompt tokens, T answer
 tokens, Z = S + T, H query heads, K key/value heads, Q = H / K, D head width, V vocabulary, X blocks of C tokens of it.
@@ -37,25 +37,12 @@ MAX_ROWS = 256  # answers decoded together: the rate still rises up to here
 PREFILL_TOKENS = 12_400  # prompt tokens computed together (Table 12: max_num_batched_tokens)
 
 
-def draw(logits_RV: Tensor, temperature: float, uniform_R: Sequence[float]) -> tuple[list[int], list[float]]:
-    """One token a row by inverse CDF, and its log-prob under the distribution it was drawn from (D19).
-
-    Temperature 0 takes the likeliest token; its log-prob is the one at temperature 1. Raises FloatingPointError for
-    logits that are NaN or infinite. The clear version of `draw_in_blocks`.
-    """
-    check_finite(logits_RV.amax(-1))
-    logits_RV = logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32))
-    logp_RV = (logits_RV / (temperature or 1.0)).log_softmax(-1)
-    if temperature == 0:
-        token_R1 = logp_RV.argmax(-1, keepdim=True)
-    else:
-        cdf_RV = logp_RV.exp().cumsum(-1)
-        token_R1 = locate(cdf_RV, cdf_RV.new_tensor(uniform_R)[:, None] * cdf_RV[:, -1:])
-    return token_R1[:, 0].tolist(), logp_RV.gather(1, token_R1)[:, 0].tolist()
-
-
 def draw_in_blocks(logits_RV: Tensor, temperature: float, uniform_R: Sequence[float]) -> tuple[list[int], list[float]]:
-    """The same in half of the time: one CDF over blocks of the vocabulary, one inside the block that is hit, one buffer."""
+    """One token per row by inverse CDF, and its log-prob under the distribution it was drawn from: `minimal.draw`.
+
+    In half of its time: one CDF over blocks of the vocabulary, one inside the block that is hit, one buffer. Raises
+    FloatingPointError for logits that are NaN or infinite.
+    """
     weight_RV = logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32), copy=True)
     peak_R1 = weight_RV.amax(-1, keepdim=True)
     check_finite(peak_R1)
@@ -89,34 +76,6 @@ def check_finite(peak: Tensor) -> None:
     """Raise FloatingPointError where the largest logit of a row is NaN or infinite."""
     if not peak.isfinite().all():
         raise FloatingPointError("a logit is NaN or infinite")
-
-
-@torch.no_grad()
-def generate_naive(
-    model: Policy | PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    *,
-    n: int,
-    max_new_tokens: int,
-    temperature: float,
-    eos_ids: Collection[int],
-    keys: Sequence[Key],
-) -> list[list[Completion]]:
-    """The clear version of `generate`: one answer at a time, everything computed again for each token."""
-    lm: Any = model.lm if isinstance(model, Policy) else model
-    groups = []
-    for prompt, key in zip(prompts, keys, strict=True):
-        group = []
-        for answer in range(n):
-            ids: list[int] = []
-            logprobs: list[float] = []
-            while len(ids) < max_new_tokens and not (ids and ids[-1] in eos_ids):
-                logits_1NV = lm(torch.tensor([[*prompt, *ids]], device=lm.device), use_cache=False).logits
-                token, logp = draw(logits_1NV[:, -1], temperature, [uniform(key, answer, len(ids))])
-                ids, logprobs = ids + token, logprobs + logp
-            group.append(Completion(tuple(ids), tuple(logprobs), ids[-1] in eos_ids))
-        groups.append(group)
-    return groups
 
 
 def generate(

@@ -13,6 +13,7 @@ from endpoint import completion, serving
 from test_iemocap import release
 
 import evaluate
+from analysis import scoring
 from analysis.compare import mcnemar, paired_interval, read_baseline
 from analysis.table1 import rendered, spread, summary
 from common.errors import UserError
@@ -377,12 +378,12 @@ def test_what_is_clean_depends_on_the_train_splits_of_all_the_data(folder):
     write("a", "test", d=long, e=long[:1])
     write("b", "train", x=[text.upper() for text in long])
     pairs = tuple(f"{name}={folder / name}" for name in "ab")
-    command = evaluate.ScoreCommand(model="", data=pairs)
-    assert evaluate.unclean(command) == {"a/test/d"}
-    assert evaluate.unclean(evaluate.ScoreCommand(model="", data=pairs[:1])) == set()
-    assert evaluate.unclean(evaluate.ScoreCommand(model="", data=pairs, split="train")) is None
+    command = scoring.ScoreCommand(model="", data=pairs)
+    assert scoring.unclean(command) == {"a/test/d"}
+    assert scoring.unclean(scoring.ScoreCommand(model="", data=pairs[:1])) == set()
+    assert scoring.unclean(scoring.ScoreCommand(model="", data=pairs, split="train")) is None
     (folder / "b/train.jsonl").unlink()
-    assert evaluate.unclean(command) is None
+    assert scoring.unclean(command) is None
 
 
 def test_context_and_votes_of_iemocap_reach_the_samples(tmp_path):
@@ -392,23 +393,23 @@ def test_context_and_votes_of_iemocap_reach_the_samples(tmp_path):
         ({}, 3, {"happy": 1.0}),
         ({"context": "all", "soft_labels": True}, 5, {"happy": 0.5, "sad": 0.5}),
     ):
-        command = evaluate.ScoreCommand(model="", data=pairs, split="train", **options)
-        chosen = next(s for s in evaluate._datasets(command)["iemocap"] if s.id.endswith("impro99/F001"))
+        command = scoring.ScoreCommand(model="", data=pairs, split="train", **options)
+        chosen = next(s for s in scoring.datasets_of(command)["iemocap"] if s.id.endswith("impro99/F001"))
         assert (len(chosen.context), chosen.gold) == (turns, gold)
 
 
 def test_limit_takes_the_same_samples_every_time_and_gold_replaces_labels(folder):
     fields = {"model": "", "data": (f"a={folder / 'a'}",)}
-    first = evaluate._datasets(evaluate.ScoreCommand(**fields, limit=2))["a"]
-    assert first == evaluate._datasets(evaluate.ScoreCommand(**fields, limit=2))["a"] and len(first) == 2
-    seeds = [evaluate._datasets(evaluate.ScoreCommand(**fields, limit=2, seed=(i,)))["a"] for i in range(9)]
+    first = scoring.datasets_of(scoring.ScoreCommand(**fields, limit=2))["a"]
+    assert first == scoring.datasets_of(scoring.ScoreCommand(**fields, limit=2))["a"] and len(first) == 2
+    seeds = [scoring.datasets_of(scoring.ScoreCommand(**fields, limit=2, seed=(i,)))["a"] for i in range(9)]
     ids = [[sample.id for sample in drawn] for drawn in seeds]
     assert any(drawn != ids[0] for drawn in ids) and all(drawn == sorted(drawn) for drawn in ids)
     (folder / "gold.jsonl").write_text('{"id": "a/test/d/1", "weights": {"neutral": 1.0}}\n', encoding="utf-8")
-    replaced = evaluate._datasets(evaluate.ScoreCommand(**fields, gold=folder / "gold.jsonl"))["a"]
+    replaced = scoring.datasets_of(scoring.ScoreCommand(**fields, gold=folder / "gold.jsonl"))["a"]
     assert [sample.gold for sample in replaced] == [{"joy": 1.0}, {"neutral": 1.0}, {"neutral": 1.0}]
     with pytest.raises(UserError, match="no id belongs to the dev split of a"):
-        evaluate._datasets(evaluate.ScoreCommand(**fields, split="dev", gold=folder / "gold.jsonl"))
+        scoring.datasets_of(scoring.ScoreCommand(**fields, split="dev", gold=folder / "gold.jsonl"))
 
 
 def test_several_models_and_seeds_are_scored_with_mean_and_spread(monkeypatch, capsys, folder):
@@ -475,10 +476,10 @@ def test_personas_of_a_file_are_shown_and_kept(monkeypatch, folder):
     person = {"dialogue": "a/test/d", "speaker": "y", "persona": "a calm clerk", "expert": "e"}
     (folder / "p.jsonl").write_text(json.dumps(person) + "\n", encoding="utf-8")
     fields = {"model": (), "data": (f"a={folder / 'a'}",), "personas": folder / "p.jsonl"}
-    shown = evaluate._datasets(evaluate.ScoreCommand(**fields, persona_scope="dialogue"))["a"]
+    shown = scoring.datasets_of(scoring.ScoreCommand(**fields, persona_scope="dialogue"))["a"]
     rows = evaluate.prediction_rows(shown, [(answer(), True)] * 3)
     assert [row["persona"] for row in rows] == ["a calm clerk", None, "a calm clerk"]
-    hidden = evaluate._datasets(evaluate.ScoreCommand(**fields))["a"]
+    hidden = scoring.datasets_of(scoring.ScoreCommand(**fields))["a"]
     assert {sample.responder.persona for sample in hidden} == {None}
 
 

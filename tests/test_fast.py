@@ -12,8 +12,9 @@ from common.errors import UserError
 from engine import cache, fast
 from engine.fast import RecordedSteps, can_pack, cuda_graph, filled, packed_weights
 from engine.fsdp import compile_blocks
+from minimal import generate_naive
 from model import Group, Policy
-from rollout import generate, generate_naive
+from rollout import generate
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 

@@ -14,8 +14,9 @@ from common.draws import uniform
 from common.errors import UserError
 from engine import cache
 from engine.cache import DecodeLayout, GroupCache
+from minimal import draw, generate_naive
 from model import ATTENTION, Group, Policy
-from rollout import Completion, Engine, draw, draw_in_blocks, generate, generate_naive
+from rollout import Completion, Engine, draw_in_blocks, generate
 
 KINDS = pytest.mark.parametrize("kind", ["qwen3", "llama"])
 EOS = frozenset(range(10, 22))  # 12 of 97 tokens: answers of about 8 tokens, some cut off

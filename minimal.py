@@ -292,9 +292,9 @@ def main(folder: Path, cfg: Settings) -> None:
 if __name__ == "__main__":
     from toy.base import build
 
-    def run() -> None:
+    def _run() -> None:
         if not Path("data/toy/base").exists():
             build()
         main(Path("data/toy"), Settings())
 
-    sys.exit(command(run))
+    sys.exit(command(_run))

@@ -5,7 +5,8 @@ A decode step scores an answer's token against both blocks and joins them before
 matrix products at once, and the place of a finished group goes to the next prompt (continuous batching).
 
 Random numbers are counter-based: answer a's token at position t to a prompt is decided by a hash of (seed, step, sample id,
-a, t), so neither batch, order, memory budget nor number of ranks changes an answer. `generate_naive` in minimal.py is the clear version.
+a, t), so neither batch, order, memory budget nor number of ranks changes an answer. `minimal.generate_naive` is the clear
+version.
 
 Shapes: N tokens of a stream, P groups, G most rows of a group, R rows (unfinished answers), S prompt tokens, T answer
 tokens, Z = S + T, H query heads, K key/value heads, Q = H / K, D head width, V vocabulary, X blocks of C tokens of it.

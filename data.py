@@ -74,11 +74,6 @@ class Sample:
         """Id of the original sample that this one descends from."""
         return self.id.partition("+")[0]
 
-    @property
-    def dialogue(self) -> str:
-        """Key of the dialogue that the original sample stands in."""
-        return self.root.rpartition("/")[0]
-
 
 @dataclass(frozen=True)
 class Output:
@@ -363,14 +358,9 @@ def best(parses: Sequence[Output | Failure], rewards: Sequence[float]) -> int | 
 
 
 def select(
-    sample: Sample,
-    parses: Sequence[Output | Failure],
-    rewards: Sequence[float],
-    iteration: int,
-    *,
-    keep_reward: float,
-    fits: Callable[[Sample], bool],
-) -> Selection:
+    sample: Sample, parses: Sequence[Output | Failure], rewards: Sequence[float], iteration: int,
+    *, keep_reward: float, fits: Callable[[Sample], bool],
+) -> Selection:  # fmt: skip
     """Lines 13-14: the best answer, if its reward reaches `keep_reward` and its new sample `fits` the prompt limit (D11)."""
     index = best(parses, rewards)
     if index is None or not isinstance(output := parses[index], Output):
@@ -437,8 +427,8 @@ def stats(data: Pairs, tokenizer: str = "", context: Context = "labelled") -> It
             words = [" ".join(m["content"] for m in messages(s, DEFAULT)).split() for s in made]
             n = sorted(map(len, [encode(opened, s, DEFAULT)[0] for s in made] if opened else words)) or [0]
             p50, p95 = (n[round(q * (len(n) - 1))] for q in (0.5, 0.95))
-            unit = "tokens" if opened else "words"
-            yield f"  {unit} a prompt: mean {statistics.fmean(n):.0f}, p50 {p50}, p95 {p95}, max {n[-1]}"
+            what = "tokens" if opened else "words"
+            yield f"  {what} a prompt: mean {statistics.fmean(n):.0f}, p50 {p50}, p95 {p95}, max {n[-1]}"
         if name == "iemocap":
             yield "iemocap: self-check {} ({})".format(*iemocap.self_check(d for split in splits.values() for d in split))
 

@@ -228,7 +228,7 @@ def read_samples(cfg: Config, roots: Mapping[str, str]) -> dict[tuple[str, str],
             [d for name in roots for d in load(name, roots[name], split, context=cfg.context)] for split in ("train", "test")
         )
         gone = overlap(train, test)
-        found = [sample for sample in found if sample.dialogue not in gone]
+        found = [sample for sample in found if sample.id.rpartition("/")[0] not in gone]
     if cfg.gold:
         found = with_gold(found, read_gold(Path(cfg.gold)))
     return {key: [sample for sample in found if sample.id.startswith(f"{key[0]}/{key[1]}/")] for key in keys}

@@ -72,17 +72,9 @@ def title(name: str) -> str:
 
 def chart(key: str, heading: str, text: str, names: Mapping[str, str], lines: Lines, time: Timeline) -> Chart:
     """A chart over RL steps or evaluations; `names`: metric -> line. Metrics that were never measured are left out."""
-    at, found = tuple(place(x, time) for x in lines), {m: name for m, name in names.items() if any(m in x for x in lines)}
-    series = tuple(Series(name, tuple(x.get(metric) for x in lines)) for metric, name in found.items())
-    words = tuple(x.get("when", f"step {x['step'] + 1}") for x in lines)
-    return Chart(key, heading, text, at, words, tuple(x["iteration"] * (x["phase"] == "rl") for x in lines), series)
-
-
-def place(line: Record, time: Timeline) -> float:
-    """Where a line of metrics lies in time; an RL step in the middle of its stretch."""
-    if line["phase"] == "rl":
-        return time.rl(line["iteration"], line["step"] + 0.5)
-    return time.evaluation(line["when"], line["iteration"], line["step"])
+    measured = {metric: name for metric, name in names.items() if any(metric in x for x in lines)}
+    series = [Series(name, tuple(x.get(metric) for x in lines)) for metric, name in measured.items()]
+    return Chart.over_time(key, heading, text, lines, series, time)
 
 
 def learning(config: Record, evals: Lines, rl: Lines, time: Timeline) -> Iterator[Chart]:

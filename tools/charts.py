@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from common.files import Record
 
@@ -192,14 +192,13 @@ def thinned(chart: Chart) -> Chart:
         return chart
     parts = [slice(i, i + size) for i in range(0, len(chart.places), size)]
     ends = [(chart.names[part][0], chart.names[part][-1]) for part in parts]
-    return Chart(
-        chart.id,
-        chart.title,
-        f"{chart.text} Each point is the mean of {size} steps.",
-        tuple(sum(chart.places[part]) / len(chart.places[part]) for part in parts),
-        tuple(a if a == b else f"{a} to {b}" for a, b in ends),
-        tuple(chart.parts[part][0] for part in parts),
-        tuple(Series(s.name, tuple(average(s.values[part]) for part in parts)) for s in chart.series),
+    return replace(
+        chart,
+        text=f"{chart.text} Each point is the mean of {size} steps.",
+        places=tuple(sum(chart.places[part]) / len(chart.places[part]) for part in parts),
+        names=tuple(a if a == b else f"{a} to {b}" for a, b in ends),
+        parts=tuple(chart.parts[part][0] for part in parts),
+        series=tuple(Series(s.name, tuple(average(s.values[part]) for part in parts)) for s in chart.series),
     )
 
 

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
-from typing import Any
 
 import tyro
 
@@ -106,17 +105,11 @@ def kept(run: Path) -> Record:
     found = []
     for line in read_lines(run / "metrics.jsonl"):
         if line["phase"] in ("rl", "eval") and line.get("when") != "test":
-            found.append({name: rounded(value) for name, value in line.items() if not DROPPED.match(name)})
+            drawn = json.dumps({name: value for name, value in line.items() if not DROPPED.match(name)})
+            found.append(json.loads(drawn, parse_float=lambda digits: float(f"{float(digits):.4g}")))
     if not found:
         raise UserError(f"{run} holds no metrics")
     return {"S": config["S"], "iterations": config["iterations"], "lines": found}
-
-
-def rounded(value: Any) -> Any:
-    """Four significant digits of every float."""
-    if isinstance(value, list):
-        return [rounded(x) for x in value]
-    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def chart(picture: Picture, metric: str, runs: Mapping[str, Record]) -> Chart:

@@ -3,8 +3,8 @@
     python -m tests.links            say which links are missing or lead to another line; exit status 1 if any
     python -m tests.links --write    renew all of them
 
-In text, `grpo.iou` and `tests/test_grpo.py::test_x` become links to the line of the def, class or assignment, and
-"[Eq. (10)]()" one to the comment "# Eq. (10)" of the code. Whatever a link led to before is replaced.
+In text, `grpo.iou`, `tools.report.page` and `tests/test_grpo.py::test_x` become links to the line of the def, class or
+assignment, and "[Eq. (10)]()" one to the comment "# Eq. (10)" of the code. Whatever a link led to before is replaced.
 """
 
 import ast
@@ -14,9 +14,11 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
+from common.errors import UserError, command
+
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = ("PAPER.md", "docs/curves.md")
-CODE = re.compile(r"((?:tools\.)?\w+)\.([A-Za-z_][\w.]*)")
+CODE = re.compile(r"\w+(?:\.[A-Za-z_]\w*)+")
 TEST = re.compile(r"(tests/\w+\.py)::(\w+)")
 NAME = re.compile(r"\[?`([^`\n]+)`(?:\]\([^)\s]*\))?")
 EQUATION = re.compile(r"\[(Eq\. \(\d+\)(?:, (?:left|right))?)\]\([^)\s]*\)")
@@ -57,14 +59,13 @@ def equations() -> dict[str, tuple[str, int]]:
 
 def place(name: str) -> tuple[str, int] | None:
     """File and line of what a document calls `name`; None if it is no name of the code or of a test."""
+    candidates: list[tuple[str, str]] = []  # file, and what it should hold
     if match := TEST.fullmatch(name):
-        file, wanted = match[1], match[2]
-    elif match := CODE.fullmatch(name):
-        file, wanted = f"{match[1].replace('.', '/')}.py", match[2]
-    else:
-        return None
-    line = found(file).get(wanted)
-    return None if line is None else (file, line)
+        candidates = [(match[1], match[2])]
+    elif CODE.fullmatch(name):
+        parts = name.split(".")
+        candidates = [(f"{'/'.join(parts[:n])}.py", ".".join(parts[n:])) for n in (1, 2)]  # at the root, in a room
+    return next(((file, found(file)[wanted]) for file, wanted in candidates if wanted in found(file)), None)
 
 
 def linked(text: str, up: str) -> str:
@@ -98,10 +99,9 @@ def links(line: str) -> list[str]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command line. 1: something is stale."""
+    """Say what is stale, or renew it. 1: something is stale."""
     if argv not in ([], ["--write"]):
-        print("error: usage: python -m tests.links [--write]", file=sys.stderr)
-        return 2
+        raise UserError("usage: python -m tests.links [--write]")
     problems = [problem for document in DOCUMENTS for problem in stale(document)]
     for document in DOCUMENTS if argv else ():
         path = ROOT / document
@@ -112,4 +112,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(command(lambda: main(sys.argv[1:])))

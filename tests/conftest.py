@@ -6,8 +6,10 @@ import json
 import os
 import random
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
@@ -20,11 +22,13 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Con
 import data
 import selfemo
 from common.hub import quiet_transformers
+from data import Prompts, Sample
 from model import ATTENTION, Group, Policy
 
 torch.set_num_threads(1)
 quiet_transformers()
 
+Called = tuple[Any, str, str]  # exit status, stdout and stderr of a command
 LABELS = ("joy", "anger", "neutral")
 LINES = {
     "joy": ("I won the race.", "We got the house!", "What a lovely day."),
@@ -45,10 +49,10 @@ PIECES = (
 )  # fmt: skip
 
 
-def dialogue(rng, name):
+def dialogue(rng: random.Random, name: str) -> dict[str, Any]:
     """Two people in turn; a line tells its emotion, the second turn has no label, the third is in two minds."""
     speakers = rng.sample(SPEAKERS, 2)
-    turns = []
+    turns: list[dict[str, Any]] = []
     for i in range(4):
         label = rng.choice(LABELS)
         turns.append({"speaker": speakers[i % 2], "text": rng.choice(LINES[label]), "label": label})
@@ -57,7 +61,7 @@ def dialogue(rng, name):
     return {"id": name, "turns": turns, "personas": PERSONAS}
 
 
-def write_world(root, seed=0):
+def write_world(root: Path, seed: int = 0) -> None:
     rng = random.Random(seed)
     root.mkdir()
     for split, size in SIZES.items():
@@ -66,7 +70,7 @@ def write_world(root, seed=0):
     (root / "labels.json").write_text(json.dumps(LABELS), encoding="utf-8")
 
 
-def make_tokenizer():
+def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token a piece; text out of other pieces is lost, so answers decode to what was encoded."""
     core = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(PIECES)}, unk_token="<unk>"))
     longest = "|".join(re.escape(piece) for piece in sorted(PIECES, key=len, reverse=True))
@@ -83,16 +87,16 @@ def make_tokenizer():
     return made
 
 
-def lesson(rng, sample):
+def lesson(rng: random.Random, sample: Sample) -> str:
     """The format with one slip in ten, the right emotion in six of ten."""
-    first = max(sample.gold, key=sample.gold.get) if rng.random() < 0.6 else rng.choice(LABELS)
+    first = data.heaviest(sample.gold) if rng.random() < 0.6 else rng.choice(LABELS)
     last = {first: 1.0} if rng.random() < 0.5 else {first: 0.8, rng.choice([x for x in LABELS if x != first]): 0.3}
     mine = rng.choice(LABELS)
     text = data.format_output(f"{sample.context[-1].speaker} feels {first}.", last, {mine: 1.0}, rng.choice(LINES[mine]))
     return text.replace("<think>", "", 1) if rng.random() < 0.1 else text
 
 
-def teach(lm, tokenizer, samples, prompts, steps=170):
+def teach(lm: Any, tokenizer: Any, samples: Sequence[Sample], prompts: Prompts, steps: int = 170) -> None:
     policy, rng, end = Policy(lm), random.Random(0), tokenizer.eos_token_id
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps, pct_start=0.1)
@@ -115,7 +119,7 @@ class Place:
 
     root: Path
 
-    def argv(self, out, *more):
+    def argv(self, out: str | Path, *more: Any) -> list[str]:
         """A command line of two iterations; a flag in `more` replaces the one given here."""
         flags = {
             "--model": self.root / "base", "--data": f"tiny={self.root / 'world'}", "--prompts": self.root / "prompts.json",
@@ -127,26 +131,26 @@ class Place:
         given = dict(zip(more[::2], more[1::2], strict=True))
         return [str(x) for pair in {**flags, **given}.items() for x in pair]
 
-    def run(self, out, *more, resume=False):
+    def run(self, out: str | Path, *more: Any, resume: bool = False) -> Called:
         """(exit status, stdout, stderr) of main()."""
         return call([*self.argv(out, *more), *(["--resume"] if resume else [])])
 
 
-def lines(path):
+def lines(path: Path) -> list[dict[str, Any]]:
     """The records of a JSONL file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def results(out):
+def results(out: Path) -> dict[str, Any]:
     """What a run that was stopped must share with one that was not: everything but clocks and folder names."""
     clocks = re.compile(r"time/|memory/|rollout/tokens_per_s")
-    found = {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*.jsonl") if p.name != "metrics.jsonl"}
-    found |= {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*.safetensors")}
+    files = [p for p in (*out.rglob("*.jsonl"), *out.rglob("*.safetensors")) if p.name != "metrics.jsonl"]
+    found: dict[str, Any] = {str(p.relative_to(out)): p.read_bytes() for p in files}
     found["metrics"] = [{k: v for k, v in m.items() if not clocks.match(k)} for m in lines(out / "metrics.jsonl")]
     return found
 
 
-def status_of(main):
+def status_of(main: Callable[[], Any]) -> Any:
     """The exit status of a command: what it returns, or what the parser of its flags ends with."""
     try:
         return main()
@@ -154,7 +158,7 @@ def status_of(main):
         return stopped.code
 
 
-def call(argv):
+def call(argv: Sequence[str]) -> Called:
     """main() on the CPU, also where there is a GPU: what repeats bit by bit is promised there."""
     said, complained = io.StringIO(), io.StringIO()
     cpu = mock.patch("torch.cuda.is_available", return_value=False)
@@ -164,7 +168,7 @@ def call(argv):
 
 
 @pytest.fixture(scope="session")
-def place(tmp_path_factory):
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     """The tiny world and a base model that keeps the rule in about nine of ten answers."""
     root = tmp_path_factory.mktemp("place")
     write_world(root / "world")
@@ -187,7 +191,7 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def finished(place):
+def finished(place: Place) -> Path:
     """The folder of a run that was never stopped."""
     out = place.root / "finished"
     status, _, complained = place.run(out)

@@ -1,30 +1,25 @@
-"""Hostile input: answers for `parse_output`, found by coverage, and files with something broken in them for the loaders.
+"""Hostile input: answers for `parse_output`, and files with something broken in them for the loaders.
 
-    pip install atheris==3.0.0        # only this command needs it: wheels for Linux, Python 3.11 to 3.13
-    python -m tests.fuzz parse --corpus DIR [--seconds 240] [--runs 10000000]
-    python -m tests.fuzz loaders [--runs 20000] [--seed 0]
+    python -m tests.fuzz                                    20,000 broken files per loader
+    python -m tests.fuzz --runs 2000 --seed 1 --only meld   fewer, others, of one loader
 
-`parse` goes on from the corpus that an earlier call left. What an answer must give is said a second time here: `expected`
-reads D8 with Python's and JSON's own readers and shares nothing with data.py but the limits. The first answer on which both
-differ, that raises, or that takes a second, ends the command; it is written to crash-* and printed.
-`loaders` breaks small valid files, one way or several (`broken`). A loader has to refuse them in one line, or to give what
-the file says: `plainly` reads it a second time. tests/test_fuzz.py runs both in small.
+What an answer must give is said a second time here: `expected` reads D8 with Python's and JSON's own readers and shares
+nothing with data.py but the limits. tests/test_fuzz.py has hypothesis look for answers on which the two differ.
+The command breaks small valid files, one way or several (`broken`). A loader has to refuse them in one line, or to give what
+the file says: `plainly` reads it a second time. tests/test_fuzz.py does the same in small.
 """
 
 import ast
 import csv
 import io
-import itertools
 import json
 import random
 import re
-import subprocess
 import sys
 import tempfile
-import time
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,14 +27,13 @@ from typing import Any
 import tyro
 
 import data
-from common.errors import UserError
+from common.errors import UserError, command
 from common.text import clean
-from corpora import iemocap, loading, strict
-from corpora.dialogue import LABELS, Dialogue
+from corpora import dialogue, iemocap, loading, strict
+from corpora.dialogue import Dialogue
 from data import MAX_BYTES, Output
 
-ROOT = Path(__file__).parent.parent
-LABELS = LABELS["meld"]
+LABELS = dialogue.LABELS["meld"]
 
 # Answers: D8 a second time
 
@@ -197,54 +191,6 @@ def answer_of(raw: bytes) -> tuple[str, bool]:
     return (THINK + text if mode[0] % 2 else text), mode[0] < 250
 
 
-@dataclass(frozen=True)
-class Parse:
-    """Answers for `parse_output`, found by coverage (atheris)."""
-
-    corpus: Path
-    """Folder of inputs: read first, added to."""
-    seconds: int = 240
-    """Longest time."""
-    runs: int = 10_000_000
-    """Most inputs."""
-    max_len: int = 1024
-    """Longest input in bytes; the answer may be longer."""
-    deep: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Let coverage look into the second reading too, which goes sign by sign where data.py leaves the work to `re`: about
-    nine times slower, and finds the way to rare readings."""
-
-
-def parse(command: Parse) -> int:
-    """One process of libFuzzer, which ends this one; its exit status."""
-    command.corpus.mkdir(parents=True, exist_ok=True)
-    for mode, text in itertools.product(b"\x00\x01", GOOD):
-        name = f"good-{mode}-{GOOD.index(text)}"
-        (command.corpus / name).write_bytes(bytes([mode]) + text.removeprefix(THINK if mode % 2 else "").encode())
-    words = command.corpus.with_name(f"{command.corpus.name}.dict")
-    spelt = ["".join(f"\\x{b:02x}" for b in token.encode()) for token in TOKENS if token.isascii() and len(token) < 64]
-    words.write_text("".join(f'"{word}"\n' for word in spelt))
-    limits = [f"-max_total_time={command.seconds}", f"-runs={command.runs}", f"-max_len={command.max_len}", "-timeout=1"]
-    flags = [
-        *limits,
-        f"-dict={words}",
-        "-print_final_stats=1",
-        f"-artifact_prefix={command.corpus.parent}/",
-        str(command.corpus),
-    ]
-    modules = ["data", *(["tests.fuzz"] if command.deep else [])]
-    return subprocess.run([sys.executable, "-c", INSIDE.replace("MODULES", repr(modules)), *flags], cwd=ROOT).returncode
-
-
-INSIDE = """
-import sys
-import atheris
-with atheris.instrument_imports(include=MODULES, enable_loader_override=False):
-    import fuzz
-atheris.Setup(sys.argv, lambda raw: fuzz.check(*fuzz.answer_of(raw)) and None)
-atheris.Fuzz()
-"""
-
-
 # Files: small valid ones, ways to break them, and a second reading
 
 MELD = """\
@@ -311,6 +257,12 @@ class Case:
     load: Callable[[Path], Any]
     plainly: Callable[[Path], Any]
 
+    def write(self, folder: Path, changed: Mapping[str, str | bytes] | None = None) -> None:
+        """Write the files into a folder; `changed`: other contents of some."""
+        for name, content in {**self.files, **(changed or {})}.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
 
 def turns_of(dialogues: Sequence[Dialogue]) -> Reading:
     """What a loader found."""
@@ -352,7 +304,7 @@ def plain_table(folder: Path, file: str, dataset: str, ids: Sequence[str]) -> Re
         names = ast.literal_eval(cell["Speaker"]) if dataset == "emorynlp" else [cell["Speaker"]]
         turns = found.setdefault("_".join(str(digits(cell[name])) for name in ids), {})
         number = digits(cell["Utterance_ID"])
-        if number in turns or label not in LABELS[dataset] or not isinstance(names, list) or not names:
+        if number in turns or label not in dialogue.LABELS[dataset] or not isinstance(names, list) or not names:
             raise ValueError("a turn twice, or no label of the set, or nobody")
         speaker = clean(" and ".join(shown(name) for name in names))
         turns[number] = (speaker, shown(cell["Utterance"]), {label: 1.0})
@@ -411,8 +363,7 @@ def plain_iemocap(folder: Path) -> Reading:
     """The dialogue of session 1, sign by sign. What promotes an undecided turn is left to the audit of a whole release."""
     name, found = TALK[0], []
     for part in ("transcriptions", "EmoEvaluation"):
-        raw = (folder / f"Session1/dialog/{part}/{name}.txt").read_bytes()
-        found.append((raw.decode("utf-8-sig") if utf8(raw) else raw.decode("latin-1")).split("\n"))
+        found.append(decoded((folder / f"Session1/dialog/{part}/{name}.txt").read_bytes()).split("\n"))
     codes: dict[str, str | None] = {}
     texts: dict[str, str] = {}
     for line in found[1]:
@@ -431,12 +382,12 @@ def plain_iemocap(folder: Path) -> Reading:
     return [(name, [(f"Ses01_{turn[15]}", text, labels.get(turn)) for turn, text in texts.items()])]
 
 
-def utf8(raw: bytes) -> bool:
-    """Whether bytes are UTF-8."""
+def decoded(raw: bytes) -> str:
+    """Bytes as UTF-8, or else as Latin-1."""
     try:
-        return bool(raw.decode()) or True
+        return raw.decode("utf-8-sig")
     except ValueError:
-        return False
+        return raw.decode("latin-1")
 
 
 def release(name: str) -> dict[str, str]:
@@ -536,16 +487,11 @@ def try_case(case: Case, folder: Path, rng: random.Random) -> str:
 
     AssertionError for anything else: silent acceptance, an error of more than a line, another exception.
     """
-    broken_ones = list(case.files)[:2]  # the other three sessions of IEMOCAP stay whole
-    for name, text in case.files.items():
-        if name in broken_ones or not (folder / name).exists():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes(text.encode())
-    name = rng.choice(broken_ones)
+    name = rng.choice(list(case.files)[:2])  # the other three sessions of IEMOCAP stay whole
     raw = case.files[name].encode()
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         raw = broken(raw, rng)
-    (folder / name).write_bytes(raw)
+    case.write(folder, {name: raw})
     where = f"{name} = {raw[:1200]!r}"
     try:
         found = case.load(folder)
@@ -562,47 +508,30 @@ def try_case(case: Case, folder: Path, rng: random.Random) -> str:
     return "read"
 
 
-@dataclass(frozen=True)
-class Loaders:
-    """Broken files for the loaders."""
+def loaders(runs: int = 20_000, seed: int = 0, only: tuple[str, ...] = ()) -> int:
+    """Break files for the loaders; exit status 1 where one is misread.
 
-    runs: int = 20_000
-    """Files a loader."""
-    seed: int = 0
-    """Of what is broken."""
-    only: tuple[str, ...] = ()
-    """Loaders by name. Default: all."""
-
-
-def loaders(command: Loaders) -> int:
-    """Try all; the exit status."""
+    Args:
+        runs: Files per loader.
+        seed: Of what is broken.
+        only: Loaders by name. Default: all.
+    """
     bad = 0
     for name, case in cases().items():
-        if command.only and name not in command.only:
+        if only and name not in only:
             continue
         outcomes: Counter[str] = Counter()
-        started, slowest = time.monotonic(), 0.0
         with tempfile.TemporaryDirectory() as folder:
-            for i in range(command.runs):
-                began = time.monotonic()
+            for i in range(runs):
                 try:
-                    outcomes[try_case(case, Path(folder), random.Random(f"{command.seed}/{name}/{i}"))] += 1
+                    outcomes[try_case(case, Path(folder), random.Random(f"{seed}/{name}/{i}"))] += 1
                 except AssertionError as found:
                     outcomes["wrong"] += 1
                     print(f"{name} {i}: {str(found)[:3000]}", flush=True)
-                slowest = max(slowest, time.monotonic() - began)
-        shown = ", ".join(f"{what} {n}" for what, n in sorted(outcomes.items()))
-        print(f"{name}: {shown}; {time.monotonic() - started:.0f} s, slowest {slowest:.2f} s", flush=True)
+        print(f"{name}: {', '.join(f'{what} {n}' for what, n in sorted(outcomes.items()))}", flush=True)
         bad += outcomes["wrong"]
     return min(bad, 1)
 
 
-def main() -> int:
-    """Exit status 1 where something was found, 2 for a user's mistake."""
-    commands: dict[str, Callable[..., Any]] = {"parse": Parse, "loaders": Loaders}
-    command = tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
-    return parse(command) if isinstance(command, Parse) else loaders(command)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command(lambda: tyro.cli(loaders, description=__doc__)))

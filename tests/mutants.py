@@ -124,8 +124,7 @@ def run_tests(folder: Path, tests: Sequence[str]) -> None:
     os.chdir(folder)
     for stream in (1, 2):
         os.dup2(os.open("said.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
-    places = {name: Path(getattr(module, "__file__", None) or "/").parent for name, module in sys.modules.items()}
-    for name in (n for n, place in places.items() if ROOT in (place, place.parent) and n != "__main__"):
+    for name in [name for name, module in sys.modules.items() if ours(module) and name != "__main__"]:
         del sys.modules[name]
     sys.path[:] = [str(folder), *(entry for entry in sys.path if Path(entry).resolve() != ROOT)]
     recorder = Recorder()
@@ -134,6 +133,12 @@ def run_tests(folder: Path, tests: Sequence[str]) -> None:
         said = (folder / "said.txt").read_text(encoding="utf-8", errors="replace").partition("ERROR: ")[2]
         recorder.seen.append(("broken", "", f"pytest ended with {status} {' '.join(said.splitlines()[:1])}"))
     (folder / "seen.json").write_text(json.dumps(recorder.seen), encoding="utf-8")
+
+
+def ours(module: Any) -> bool:
+    """Whether a module is of this tree, and not a library of a virtual environment in it."""
+    path = Path(getattr(module, "__file__", None) or "/")
+    return ROOT in path.parents and "site-packages" not in path.parts
 
 
 class Trial:
@@ -163,9 +168,9 @@ class Trial:
 
 
 def copy_tree(root: Path, target: Path) -> None:
-    """What tests need of a tree: code, settings and documents at its top, the tests and the rooms."""
-    rooms = {path.parent.name for path in root.glob("*/__init__.py")} | {"tests"}
-    top = {path.name for path in root.iterdir() if path.suffix in (".py", ".toml", ".md", ".txt")} | rooms
+    """What tests need of a tree: code, settings and documents at its top, tests/ and every room."""
+    files = {p.name for p in root.iterdir() if p.suffix in (".py", ".toml", ".md", ".txt")}
+    top = files | {"tests"} | {p.parent.name for p in root.glob("*/__init__.py")}
     shutil.copytree(root, target, ignore=lambda at, names: {*names} - top if Path(at) == root else {"__pycache__"})
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from common.errors import UserError
 from tools.bench import GROWTH, QUICK, STEP, WORKLOADS, A, B, Settings, can, chosen, prompts, ratios, table
+from tools.peers import clocked
 
 ROOT = Path(__file__).parent.parent
 OURS = {"seconds": [2.0, 1.0, 4.0], "cpu_s": [1.0, 2.0, 3.0], "peak_mib": 100}
@@ -62,6 +63,17 @@ def test_a_quick_run_prints_a_table_and_a_line_a_row(tmp_path):
     assert done.stdout.endswith(table(rows) + "\n")
     assert {"versions", "hardware", "commit", "dtype", "threads", "date"} <= rows[0].keys()
     assert 0 < rows[1]["update_s"][0] < rows[1]["seconds"][0]
+
+
+def test_a_clock_around_a_method_changes_nothing_else():
+    class Counter:
+        def add(self, x, *, y):
+            return x + y
+
+    counter = Counter()
+    spent = clocked(counter, "add")
+    assert [counter.add(1, y=2), counter.add(3, y=4)] == [3, 7]
+    assert len(spent) == 2 and all(0 <= seconds < 1 for seconds in spent)
 
 
 def test_a_side_that_cannot_start_is_a_users_mistake():

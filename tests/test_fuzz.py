@@ -1,4 +1,4 @@
-"""Answers and files that nobody means well: hypothesis and a seeded loop over what tools/fuzz.py runs at length."""
+"""Hostile answers and files: hypothesis, and a seeded loop over what `python -m tests.fuzz` runs at length."""
 
 import json
 import os
@@ -159,16 +159,14 @@ CASES = cases()
 @pytest.mark.parametrize("name", CASES)
 def test_the_files_are_read_and_both_readings_agree(tmp_path, name):
     case = CASES[name]
-    for path, text in case.files.items():
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / path).write_text(text, encoding="utf-8")
+    case.write(tmp_path)
     found = case.load(tmp_path)
     assert found and found == case.plainly(tmp_path)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_broken_file_is_refused_or_read_as_it_is(tmp_path, name):
-    """100 files, each broken in one to three ways; `python -m tests.fuzz loaders` tries as many as you like."""
+    """100 files, each broken in one to three ways; `python -m tests.fuzz` tries as many as you like."""
     outcomes = [try_case(CASES[name], tmp_path, random.Random(f"{name}/{i}")) for i in range(100 * MORE)]
     assert {"read", "refused"} == set(outcomes)
 
@@ -182,10 +180,7 @@ def test_every_way_to_break_a_file_breaks_some():
 def loaded(tmp_path, name, file, text):
     """What a loader says of one changed file of a case."""
     case = CASES[name]
-    for path, own in case.files.items():
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        given = text if path == file else own
-        (tmp_path / path).write_bytes(given if isinstance(given, bytes) else given.encode())
+    case.write(tmp_path, {file: text})
     with pytest.raises(UserError) as error:
         case.load(tmp_path)
     assert "\n" not in str(error.value) and len(str(error.value)) < 1000
@@ -267,8 +262,6 @@ def test_what_iemocap_let_through_once(tmp_path, part, old, new, said):
 
 @pytest.mark.parametrize("empty", [("transcriptions", "EmoEvaluation"), ("EmoEvaluation",)])
 def test_an_empty_file_of_iemocap_is_named(tmp_path, empty):
-    for path, text in CASES["iemocap"].files.items():
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / path).write_text("" if path in map(TALK.format, empty) else text, encoding="utf-8")
+    CASES["iemocap"].write(tmp_path, {TALK.format(part): "" for part in empty})
     with pytest.raises(UserError, match=rf"{empty[0]}/Ses01F_impro99.txt: not one turn in it; unpack the release again"):
         loading.load("iemocap", tmp_path, "train")

@@ -268,6 +268,16 @@ def test_the_page_shows_the_run(html, finished):
     assert "checks are raised" in text and "No ablations beside this run" in text
 
 
+def test_an_answer_without_a_valid_output_has_a_column(finished):
+    """Every answer to an original prompt of the first step is counted, those that break the rule in the last column."""
+    records = [r for r in lines(finished / "rollouts" / "iteration-1.jsonl") if r["step"] == 0 and r["origin"] == "original"]
+    matrix = report.read_rollouts(finished, list(range(6))).matrices()[0]
+    rows = {gold: (total, cells[-1][0]) for gold, total, cells in matrix.rows()}
+    assert sum(total for total, _ in rows.values()) == sum(len(r["answers"]) for r in records)
+    broken = [a for r in records for a in r["answers"] if a["parse"]["reason"] is not None]
+    assert sum(lost for _, lost in rows.values()) == len(broken) > 0
+
+
 HOSTILE = "</td><script>alert(1)</script><img src=x onerror=alert(2)>\"'&{{ 7*7 }}"
 
 

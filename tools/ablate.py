@@ -193,8 +193,7 @@ def run_all(jobs: Sequence[Job], at_once: int) -> list[str]:
 
 def last_line(log: Path) -> str:
     """The last line with something in it."""
-    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+    return (log.read_text(encoding="utf-8", errors="replace").strip().split("\n")[-1].strip()) or "it said nothing"
 
 
 # The table
@@ -227,11 +226,8 @@ def collected(jobs: Sequence[Job]) -> list[dict[str, Any]]:
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
     """Mean, sample standard deviation (None for one value) and the values."""
-    return {
-        "mean": statistics.fmean(values),
-        "std": statistics.stdev(values) if len(values) > 1 else None,
-        "values": list(values),
-    }
+    std = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "std": std, "values": list(values)}
 
 
 def difference(record: Mapping[str, Any], full: Mapping[str, Any]) -> dict[str, Any] | None:

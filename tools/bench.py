@@ -17,8 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -27,8 +27,10 @@ import tyro
 
 import data
 from common.errors import UserError, command
+from common.files import jsonl
 from common.flags import Pairs, pairs
 from common.hub import load_tokenizer
+from tools.ablate import last_line, text
 from toy import base
 
 ROOT = Path(__file__).parent.parent
@@ -89,19 +91,19 @@ class Settings:
 
 
 class Side:
-    """A process that does jobs when told."""
+    """A process that does jobs when told, until `stack` is left: the end of its stdin is its own end."""
 
-    def __init__(self, name: str, python: str, cfg: Settings) -> None:
+    def __init__(self, name: str, python: str, cfg: Settings, stack: ExitStack) -> None:
         """Start it and wait until it has opened the model."""
         threads = str(cfg.threads)
         places = {"OMP_PROC_BIND": "true", "OMP_PLACES": "threads"} if cfg.threads > 1 else {}
         environment = {**os.environ, "OMP_NUM_THREADS": threads, "TORCHINDUCTOR_COMPILE_THREADS": threads, **places}
         self.name = name
-        self.log = tempfile.NamedTemporaryFile("w+", prefix=f"{name}-", suffix=".log")  # noqa: SIM115 (closed with this object)
-        self.process = subprocess.Popen(
+        self.log = stack.enter_context(tempfile.NamedTemporaryFile("w", prefix=f"{name}-", suffix=".log"))  # noqa: SIM115
+        self.process = stack.enter_context(subprocess.Popen(
             [python, "-m", "tools.peers", name, str(Path(cfg.model).resolve()), cfg.dtype],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, env=environment, cwd=ROOT,
-        )  # fmt: skip
+        ))  # fmt: skip
         self.versions = self.read()
 
     def read(self) -> dict[str, Any]:
@@ -109,8 +111,7 @@ class Side:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            self.log.seek(0)
-            raise UserError(f"{self.name} has ended: {(self.log.read().strip().splitlines() or ['no message'])[-1]}")
+            raise UserError(f"{self.name} has ended: {last_line(Path(self.log.name))}")
         return dict(json.loads(line))
 
     def run(self, job: dict[str, Any]) -> dict[str, Any]:
@@ -118,27 +119,6 @@ class Side:
         assert self.process.stdin is not None
         print(json.dumps(job), file=self.process.stdin, flush=True)
         return self.read()
-
-    def close(self) -> None:
-        """End of stdin is the end of the process."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
-
-
-@contextmanager
-def sides(cfg: Settings) -> Iterator[list[Side]]:
-    """Ours first, then the peers; all are ended at the end."""
-    opened: list[Side] = []
-    try:
-        opened.append(Side("selfemo", sys.executable, cfg))
-        for entry in cfg.peer:
-            name, _, python = entry.partition("=")
-            opened.append(Side(name, python or sys.executable, cfg))
-        yield opened
-    finally:
-        for side in opened:
-            side.close()
 
 
 def prompts(work: Workload, cfg: Settings) -> list[list[int]]:
@@ -199,15 +179,14 @@ def ratios(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """For people. Ratios: the side's time (memory) over ours, so above 1 we are faster (smaller)."""
-    head = f"{'workload':22}{'side':14}{'median s':>10}{'best s':>9}{'cpu s':>9}{'tokens/s':>10}{'peak MiB':>10}"
-    out = [head + f"{'x median':>10}{'x best':>8}{'x cpu':>7}{'x update':>10}{'x peak':>8}"]
+    ratio = {"x median": "seconds", "x best": "best", "x cpu": "cpu_s", "x update": "update_s", "x peak": "peak"}
+    lines = [["workload", "side", "median s", "best s", "cpu s", "tokens/s", "peak MiB", *ratio]]
     for r in rows:
-        wall, cpu = statistics.median(r["seconds"]), statistics.median(r["cpu_s"])
-        line = f"{r['workload']['name']:22}{r['side']:14}{wall:10.2f}{min(r['seconds']):9.2f}{cpu:9.2f}"
-        line += f"{r['tokens_per_s']:10.1f}{r['peak_mib']:10d}{r['seconds_ratio']:10.2f}{r['best_ratio']:8.2f}"
-        update = f"{r['update_s_ratio']:10.2f}" if "update_s_ratio" in r else f"{'—':>10}"
-        out.append(line + f"{r['cpu_s_ratio']:7.2f}" + update + f"{r['peak_ratio']:8.2f}")
-    return "\n".join(out)
+        seconds = statistics.median(r["seconds"]), min(r["seconds"]), statistics.median(r["cpu_s"])
+        sizes = f"{r['tokens_per_s']:.1f}", f"{r['peak_mib']}"
+        over = [f"{r[f'{name}_ratio']:.2f}" if f"{name}_ratio" in r else "—" for name in ratio.values()]
+        lines.append([r["workload"]["name"], r["side"], *(f"{x:.2f}" for x in seconds), *sizes, *over])
+    return text(lines)
 
 
 def hardware() -> str:
@@ -236,19 +215,19 @@ def chosen(cfg: Settings) -> list[Workload]:
 
 def bench(cfg: Settings) -> None:
     """Measure and print."""
-    works = chosen(cfg)
-    rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
+    works, rows = chosen(cfg), list[dict[str, Any]]()
+    with ExitStack() as stack:
         if not cfg.model:
-            base.untaught(Path(folder) / "base")
-            cfg = replace(cfg, model=str(Path(folder) / "base"))
-        with sides(cfg) as opened:
-            for work in works:
-                rows += (found := measure(work, cfg, opened))
-                print("\n".join(map(json.dumps, found)), flush=True)
-                if cfg.out:
-                    with Path(cfg.out).open("a", encoding="utf-8") as file:
-                        file.write("".join(json.dumps(r) + "\n" for r in found))
+            cfg = replace(cfg, model=f"{stack.enter_context(tempfile.TemporaryDirectory())}/base")
+            base.untaught(Path(cfg.model))
+        peers = (entry.partition("=") for entry in ("selfemo", *cfg.peer))
+        sides = [Side(name, python or sys.executable, cfg, stack) for name, _, python in peers]
+        for work in works:
+            rows += (found := measure(work, cfg, sides))
+            print(jsonl(found), end="", flush=True)
+            if cfg.out:
+                with Path(cfg.out).open("a", encoding="utf-8") as file:
+                    file.write(jsonl(found))
     print(table(rows))
 
 

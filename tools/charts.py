@@ -1,8 +1,10 @@
-"""Line charts as numbers: where lines, ticks and stages of a chart lie in its SVG. The template of the report draws them."""
+"""Line charts as numbers: where lines, ticks and stages lie in the SVG that tools.report and tools.pictures draw."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from common.files import Record
 
 WIDTH, HEIGHT = 420, 250
 LEFT, RIGHT, TOP, BOTTOM = 44, 408, 24, 214  # the plot within the drawing
@@ -48,6 +50,12 @@ class Timeline:
         done, _, number = when.removeprefix("after ").partition(" ")
         return self.rl(int(number) + 1 if done == "SFT" else iteration, step)
 
+    def place(self, line: Record) -> float:
+        """Where a line of metrics lies; an RL step in the middle of its stretch."""
+        if line["phase"] == "rl":
+            return self.rl(line["iteration"], line["step"] + 0.5)
+        return self.evaluation(line["when"], line["iteration"], line["step"])
+
     def stages(self) -> list[Stage]:
         """Cold start, then RL and fine-tuning of every iteration."""
         found = [Stage("cold", 0.0, self.slot)]
@@ -85,8 +93,17 @@ class Chart:
     parts: tuple[int, ...]
     series: tuple[Series, ...]
 
+    @classmethod
+    def over_time(
+        cls, key: str, title: str, text: str, lines: Sequence[Record], series: Sequence[Series], time: Timeline
+    ) -> "Chart":
+        """A chart over lines of metrics, RL steps or evaluations. The RL steps of two iterations are never joined."""
+        words = (line.get("when", f"step {line['step'] + 1}") for line in lines)
+        parts = (line["iteration"] * (line["phase"] == "rl") for line in lines)
+        return cls(key, title, text, tuple(map(time.place, lines)), tuple(words), tuple(parts), tuple(series))
+
     def rows(self) -> list[list[str]]:
-        """The same as a table: one line a place."""
+        """The same as a table: one line per place."""
         columns = zip(*(s.values for s in self.series), strict=True)
         return [
             [name, *("" if v is None else f"{v:.4g}" for v in values)]
@@ -175,14 +192,13 @@ def thinned(chart: Chart) -> Chart:
         return chart
     parts = [slice(i, i + size) for i in range(0, len(chart.places), size)]
     ends = [(chart.names[part][0], chart.names[part][-1]) for part in parts]
-    return Chart(
-        chart.id,
-        chart.title,
-        f"{chart.text} Each point is the mean of {size} steps.",
-        tuple(sum(chart.places[part]) / len(chart.places[part]) for part in parts),
-        tuple(a if a == b else f"{a} to {b}" for a, b in ends),
-        tuple(chart.parts[part][0] for part in parts),
-        tuple(Series(s.name, tuple(average(s.values[part]) for part in parts)) for s in chart.series),
+    return replace(
+        chart,
+        text=f"{chart.text} Each point is the mean of {size} steps.",
+        places=tuple(sum(chart.places[part]) / len(chart.places[part]) for part in parts),
+        names=tuple(a if a == b else f"{a} to {b}" for a, b in ends),
+        parts=tuple(chart.parts[part][0] for part in parts),
+        series=tuple(Series(s.name, tuple(average(s.values[part]) for part in parts)) for s in chart.series),
     )
 
 

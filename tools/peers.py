@@ -8,6 +8,7 @@ the side is known. Answers always have their full length.
 
 import contextlib
 import json
+import math
 import os
 import sys
 import tempfile
@@ -46,6 +47,19 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
     started = time.perf_counter()
     result = work()
     return time.perf_counter() - started, result
+
+
+def clocked(owner: Any, name: str) -> list[float]:
+    """Put a clock around a method of an object; the list gets the seconds of every call."""
+    method, spent = getattr(owner, name), list[float]()
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        seconds, result = timed(lambda: method(*args, **kwargs))
+        spent.append(seconds)
+        return result
+
+    setattr(owner, name, call)
+    return spent
 
 
 def peak_mib() -> float:
@@ -135,31 +149,13 @@ def trl(model: str, dtype: str) -> Side:
     from trl import GRPOConfig, GRPOTrainer
 
     class Clock(TrainerCallback):
-        """Wall time of every optimizer step: the batch is at hand, generation comes first."""
-
-        steps: list[float] = []
+        """Wall time of the optimizer step: the batch is at hand, generation comes first."""
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            self.started = time.perf_counter()
+            self.began = time.perf_counter()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            self.steps = [*self.steps, time.perf_counter() - self.started]
-
-    class Timed(GRPOTrainer):  # type: ignore[misc]
-        """The trainer, with a clock around what comes before the update."""
-
-        generate_s = 0.0
-        score_s = 0.0
-
-        def _generate(self, *args: Any, **kwargs: Any) -> Any:
-            seconds, result = timed(lambda: super(Timed, self)._generate(*args, **kwargs))
-            self.generate_s += seconds
-            return result
-
-        def _generate_and_score_completions(self, *args: Any, **kwargs: Any) -> Any:
-            seconds, result = timed(lambda: super(Timed, self)._generate_and_score_completions(*args, **kwargs))
-            self.score_s += seconds
-            return result
+            self.seconds = time.perf_counter() - self.began
 
     tokenizer = AutoTokenizer.from_pretrained(model)
 
@@ -176,15 +172,15 @@ def trl(model: str, dtype: str) -> Side:
                 generation_kwargs={"min_new_tokens": job["max_new_tokens"]},
             )  # fmt: skip
             clock = Clock()
-            trainer = Timed(
+            trainer = GRPOTrainer(
                 lm, lambda completions, **_: [float(i % 3) for i in range(len(completions))], args,
                 Dataset.from_dict({"prompt": prompts}), processing_class=tokenizer, callbacks=[clock],
             )  # fmt: skip
+            spent = {name: clocked(trainer, name) for name in ("_generate", "_generate_and_score_completions")}
             trainer.train()
-        (seconds,) = clock.steps
-        parts = {"generate_s": trainer.generate_s, "score_s": trainer.score_s - trainer.generate_s}
-        parts["update_s"] = seconds - trainer.score_s
-        return {"seconds": seconds, "tokens": answers * job["max_new_tokens"], **parts}
+        generate_s, score_s = (math.fsum(seconds) for seconds in spent.values())  # the second one holds the first
+        parts = {"generate_s": generate_s, "score_s": score_s - generate_s, "update_s": clock.seconds - score_s}
+        return {"seconds": clock.seconds, "tokens": answers * job["max_new_tokens"], **parts}
 
     return run
 

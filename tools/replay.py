@@ -54,8 +54,7 @@ def scored(record: Record) -> ScoredGroup:
     """A recorded group as the update takes it: tokens and advantages; the rest is not looked at."""
     sample = Sample(record["sample_id"], record["dataset"], (), Responder("", None, "next"), (), record["gold"])
     answers = [Completion(tuple(a["ids"]), tuple(a["logprobs"]), a["finished"]) for a in record["answers"]]
-    columns = (tuple(a[name] for a in record["answers"]) for name in ("reward", "consistency", "advantage"))
-    r, r2, A = columns
+    r, r2, A = (tuple(a[name] for a in record["answers"]) for name in ("reward", "consistency", "advantage"))
     return ScoredGroup(sample, tuple(record["prompt_ids"]), tuple(answers), r, {}, r2, A)
 
 
@@ -91,13 +90,7 @@ def replay(run: Path, sample_id: str) -> tuple[Record, Record]:
 
 
 def measured(
-    policy: Policy,
-    part: Sequence[ScoredGroup],
-    old_BT: Tensor,
-    ref_BT: Tensor,
-    cfg: Config,
-    sample_id: str,
-    tokenizer: Any,
+    policy: Policy, part: Sequence[ScoredGroup], old_BT: Tensor, ref_BT: Tensor, cfg: Config, sample_id: str, tokenizer: Any
 ) -> Record:
     """The loss of a mini-batch as `selfemo.mini_batch` has it, in one piece, and its gradients for the rows of one group."""
     logits: list[Tensor] = []

@@ -53,10 +53,9 @@ class Report:
 
 
 def temperatures(config: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(mark in metric names, in words) of every temperature of an evaluation."""
-    first, *rest = config["eval_temperatures"]
-    words = {0.0: "greedy"}
-    return [("", words.get(first, f"T = {first:g}")), *((f"@{t:g}", words.get(t, f"T = {t:g}")) for t in rest)]
+    """(mark in metric names, in words) of every temperature of an evaluation; the first one has no mark."""
+    words = [(f"@{t:g}", f"T = {t:g}" if t else "greedy") for t in config["eval_temperatures"]]
+    return [("", words[0][1]), *words[1:]]
 
 
 def eval_sets(lines: Lines) -> list[str]:
@@ -72,17 +71,9 @@ def title(name: str) -> str:
 
 def chart(key: str, heading: str, text: str, names: Mapping[str, str], lines: Lines, time: Timeline) -> Chart:
     """A chart over RL steps or evaluations; `names`: metric -> line. Metrics that were never measured are left out."""
-    at, found = tuple(place(x, time) for x in lines), {m: name for m, name in names.items() if any(m in x for x in lines)}
-    series = tuple(Series(name, tuple(x.get(metric) for x in lines)) for metric, name in found.items())
-    words = tuple(x.get("when", f"step {x['step'] + 1}") for x in lines)
-    return Chart(key, heading, text, at, words, tuple(x["iteration"] * (x["phase"] == "rl") for x in lines), series)
-
-
-def place(line: Record, time: Timeline) -> float:
-    """Where a line of metrics lies in time; an RL step in the middle of its stretch."""
-    if line["phase"] == "rl":
-        return time.rl(line["iteration"], line["step"] + 0.5)
-    return time.evaluation(line["when"], line["iteration"], line["step"])
+    measured = {metric: name for metric, name in names.items() if any(metric in x for x in lines)}
+    series = [Series(name, tuple(x.get(metric) for x in lines)) for metric, name in measured.items()]
+    return Chart.over_time(key, heading, text, lines, series, time)
 
 
 def learning(config: Record, evals: Lines, rl: Lines, time: Timeline) -> Iterator[Chart]:
@@ -136,16 +127,15 @@ def drawn(charts: Iterator[Chart], time: Timeline) -> list[Drawing]:
 
 def table_1(config: Record, test: Record, files: Mapping[str, Mapping[str, Scores]]) -> list[list[str]]:
     """Accuracy and weighted F1 as in Table 1, IOU and valid answers beside them; [] if nothing was scored on test."""
+    columns = {"acc": "Acc.", "wf1": "W-F1", "iou": "IOU", "rule_rate": "valid"}
     rows: dict[str, dict[str, dict[str, float]]] = {}
     for mark, words in temperatures(config):
-        keys = {"acc", "wf1", "iou", "rule_rate"}
-        sets = dict.fromkeys(n.split("/")[1] for n in test if n.startswith("test/"))
-        own = {s: {k: test[f"test/{s}/{k}"] for k in keys} for s in sets if s.partition("@")[1:] == mark.partition("@")[1:]}
-        rows[f"this run, test, {words}"] = {s.partition("@")[0]: row for s, row in own.items()}
+        sets = dict.fromkeys(name.split("/")[1].partition("@")[0] for name in test if f"{mark}/acc" in name)
+        own = {s: {k: test[name] for k in columns if (name := f"test/{s}{mark}/{k}") in test} for s in sets}
+        rows[f"this run, test, {words}"] = {s: row for s, row in own.items() if row}
     rows |= {name: {s: scores.metrics() for s, scores in found.items()} for name, found in files.items()}
     rows = {name: own | averaged(own) for name, own in rows.items() if own}
     sets = dict.fromkeys(s for own in rows.values() for s in own)
-    columns = {"acc": "Acc.", "wf1": "W-F1", "iou": "IOU", "rule_rate": "valid"}
     head = ["", *(f"{s} {words}" for s in sets for words in columns.values())]
     cells = {n: [f"{100 * own[s][k]:.2f}" if s in own else "" for s in sets for k in columns] for n, own in rows.items()}
     return [head, *([name, *row] for name, row in cells.items())] if cells else []
@@ -185,8 +175,7 @@ def table_2(path: Path) -> Record:
     cells = isinstance(table, list) and table and all(isinstance(x, list) and len(x) == len(table[0]) for x in table)
     if not cells or not isinstance(found.get("skipped"), dict):
         raise UserError(f"{path} is not an ablate.json of tools.ablate")
-    return {"table": [[str(cell) for cell in line] for line in found["table"]], "skipped": found["skipped"],
-            "seeds": found.get("seeds"), "preset": found.get("preset")}  # fmt: skip
+    return {"seeds": None, "preset": None, **found, "table": [[str(cell) for cell in line] for line in found["table"]]}
 
 
 # Rollouts: confusion, and groups to work out
@@ -220,13 +209,8 @@ class Pick:
 
 
 def rewards(record: Record) -> list[float]:
-    """Of a group."""
+    """Those of a group."""
     return [answer["reward"] for answer in record["answers"]]
-
-
-def variety(record: Record) -> int:
-    """How many different rewards a group has."""
-    return len(set(rewards(record)))
 
 
 def refused(record: Record) -> float | None:
@@ -236,7 +220,7 @@ def refused(record: Record) -> float | None:
 
 PICKS = (
     Pick("Selected", "Its best answer was kept and became a new sample (Eq. 7). Of these groups the one with the most "
-         "different rewards.", lambda r: variety(r) if r["selected"] is not None else None),
+         "different rewards.", lambda r: len({*rewards(r)}) if r["selected"] is not None else None),
     Pick("Refused", "Nothing of it was kept. Of these groups the one that came closest.", refused),
     Pick("Best", "The highest mean reward of a group whose answers still differ.",
          lambda r: mean(rewards(r)) if not all_equal(r, "reward") else None),
@@ -245,7 +229,7 @@ PICKS = (
     Pick("Consistency at work", "Where Eq. 12 moves advantages most: lambda times the spread of consistencies.",
          lambda r: r["lam"] * (max(a["consistency"] for a in r["answers"]) - min(a["consistency"] for a in r["answers"]))),
     Pick("Self-play", "A prompt that the model made itself. Of these groups the one with the most different rewards.",
-         lambda r: variety(r) if r["origin"] == "synthetic" else None),
+         lambda r: len({*rewards(r)}) if r["origin"] == "synthetic" else None),
     Pick("Nothing to compare", "All answers earn the same, so the first term of Eq. 13 is 0.",
          lambda r: mean(rewards(r)) if all_equal(r, "reward") else None),
 )  # fmt: skip
@@ -265,13 +249,12 @@ WHY = {
 class Rollouts:
     """What one pass over the rollout records gathers; the records themselves may be far too many to hold."""
 
-    early: frozenset[int]  # RL steps
-    late: frozenset[int]
+    stretches: tuple[frozenset[int], frozenset[int]]  # RL steps, early and late
     groups: int = 0
     answers: int = 0
     why: Counter[str] = field(default_factory=Counter)
     labels: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    confusion: dict[tuple[str, str], Counter[tuple[str | None, str | None]]] = field(default_factory=dict)
+    confusion: dict[tuple[str, int], Counter[tuple[str | None, str | None]]] = field(default_factory=dict)
     picked: dict[str, tuple[float, Record]] = field(default_factory=dict)
 
     def take(self, record: Record) -> None:
@@ -280,11 +263,11 @@ class Rollouts:
         self.answers += len(record["answers"])
         self.why[record["why"]] += 1
         self.labels.setdefault(record["dataset"], tuple(record["labels"]))
-        for name, steps in (("early", self.early), ("late", self.late)):
+        for i, steps in enumerate(self.stretches):
             if record["step"] in steps and record["origin"] == "original":
-                gold, named = data.heaviest(record["gold"]), [a["parse"].get("last_emotions", {}) for a in record["answers"]]
-                pairs = [(gold, data.heaviest(weights)) for weights in named]
-                self.confusion.setdefault((name, record["dataset"]), Counter()).update(pairs)
+                named = (data.heaviest(a["parse"].get("last_emotions", {})) or None for a in record["answers"])
+                pairs = [(data.heaviest(record["gold"]), name) for name in named]
+                self.confusion.setdefault((record["dataset"], i), Counter()).update(pairs)
         for pick in PICKS:
             rank = pick.rank(record)
             if rank is not None and rank >= self.picked.get(pick.title, (-math.inf,))[0]:
@@ -292,22 +275,15 @@ class Rollouts:
 
     def matrices(self) -> list[Matrix]:
         """Confusion of every dataset, early and late."""
-        steps = {"early": self.early, "late": self.late}
-        return [
-            Matrix(f"{dataset}, {span(steps[name])}", self.labels[dataset], counts)
-            for (name, dataset), counts in sorted(self.confusion.items(), key=lambda pair: (pair[0][1], pair[0][0]))
-        ]
-
-
-def span(steps: frozenset[int]) -> str:
-    """Steps in words."""
-    return f"RL steps {min(steps) + 1} to {max(steps) + 1}"
+        spans = [f"RL steps {min(steps) + 1} to {max(steps) + 1}" for steps in self.stretches if steps]
+        cells = sorted(self.confusion.items())
+        return [Matrix(f"{dataset}, {spans[i]}", self.labels[dataset], counts) for (dataset, i), counts in cells]
 
 
 def read_rollouts(run: Path, steps: Sequence[int]) -> Rollouts:
     """One pass over rollouts/iteration-K.jsonl. Raises `UserError` at a line that is no rollout record."""
     fifth = max(1, len(steps) // 5)
-    found = Rollouts(frozenset(steps[:fifth]), frozenset(steps[-fifth:]))
+    found = Rollouts((frozenset(steps[:fifth]), frozenset(steps[-fifth:])))
     for path in audit.rollout_files(run):
         for number, record in numbered(path):
             try:
@@ -318,38 +294,17 @@ def read_rollouts(run: Path, steps: Sequence[int]) -> Rollouts:
     return found
 
 
-@dataclass(frozen=True)
-class Group:
-    """A group worked out."""
-
-    title: str
-    text: str
-    record: Record
-    prompt: str
-    why: str
-    derivation: str
-
-
-def groups(run: Path, rollouts: Rollouts) -> list[Group]:
-    """The picked groups, each once, with their prompts where the run has a tokenizer."""
-    read, found, seen = prompt_reader(run), [], set()
+def groups(run: Path, rollouts: Rollouts) -> list[Record]:
+    """The picked groups worked out, each once, with their prompts once the run has written a tokenizer."""
+    tokenizer = load_tokenizer(run / "model") if (run / "model" / "tokenizer_config.json").exists() else None
+    found: dict[tuple[int, str], Record] = {}
     for pick in PICKS:
-        record = rollouts.picked.get(pick.title, (0.0, None))[1]
-        if record is None or (key := (record["step"], record["sample_id"])) in seen:
-            continue
-        seen.add(key)
-        why = str(WHY.get(record["why"], record["why"]))
-        found.append(Group(pick.title, pick.text, record, read(record), why, "\n".join(audit.derivation(record))))
-    return found
-
-
-def prompt_reader(run: Path) -> Callable[[Record], str]:
-    """Token ids of a prompt as text; "" before the run has written its model with the tokenizer."""
-    if not (run / "model" / "tokenizer_config.json").exists():
-        return lambda record: ""
-
-    tokenizer = load_tokenizer(run / "model")
-    return lambda record: data.answer_text(tokenizer, record["prompt_ids"], (), "").strip()
+        _, record = rollouts.picked.get(pick.title, (0.0, None))
+        if record is not None and (key := (record["step"], record["sample_id"])) not in found:
+            prompt = data.answer_text(tokenizer, record["prompt_ids"], (), "").strip() if tokenizer else ""
+            why, lines = WHY.get(record["why"], record["why"]), "\n".join(audit.derivation(record))
+            found[key] = {**asdict(pick), "record": record, "prompt": prompt, "why": why, "derivation": lines}
+    return list(found.values())
 
 
 # The page

@@ -81,7 +81,7 @@ def cells(sets: Sequence[str], scores: Metrics, stds: Metrics | None = None, sig
 def rendered(
     form: Literal["text", "markdown", "latex"], titles: Sequence[str], runs: Sequence[Metrics], sets: Sequence[str]
 ) -> str:
-    """Table 1: a line per model (and seed), and mean and spread over several. `sets`: the rows of the scores that it shows."""
+    """Table 1: a line per model (and seed), and mean and spread over several. `sets`: the rows of the scores shown."""
     sign = r"$\pm$" if form == "latex" else "+-"
     lines = [[escaped(form, title), *cells(sets, run)] for title, run in zip(titles, runs, strict=True)]
     if len(runs) > 1:

@@ -19,7 +19,7 @@ def main() -> int:
     """Run a command: build, baselines or gold_sft; see `common.errors.command` for the exit status."""
     quiet_transformers()
     commands = {"build": build, "baselines": baselines, "gold_sft": gold_sft}
-    return command(lambda: tyro.extras.subcommand_cli_from_dict(commands, description=__doc__))
+    return command(lambda: tyro.extras.subcommand_cli_from_dict(commands, prog="python -m toy", description=__doc__))
 
 
 if __name__ == "__main__":

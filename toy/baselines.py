@@ -12,11 +12,10 @@ import data
 import evaluate
 from common.draws import shuffled
 from model import Group, Policy
-from toy.base import END, build, learn, read_split
+from toy.base import END, build, learn
 from toy.world import gold_target, surface_reader
+from training import task
 from training.config import PRESETS
-from training.task import EVALUATION, open_task
-from training.task import answer as answers_of
 
 
 def baselines(root: Annotated[Path, tyro.conf.Positional] = Path("data/toy")) -> None:
@@ -28,7 +27,7 @@ def baselines(root: Annotated[Path, tyro.conf.Positional] = Path("data/toy")) ->
     if not (root / "world").exists():
         build(root)
     for split in ("dev", "test"):
-        samples = read_split(root / "world", split)
+        samples = data.read_samples("toy", root / "world", split)
         read = [data.Output("", dict(surface_reader(sample)), {}, "", {}) for sample in samples]
         for name, scores in (("majority", evaluate.majority(samples)), ("surface reader", evaluate.score(samples, read))):
             numbers = scores.metrics()
@@ -45,7 +44,7 @@ def gold_sft(root: Annotated[Path, tyro.conf.Positional] = Path("data/toy"), see
     if not (root / "base").exists():
         build(root)
     cfg = replace(PRESETS["toy"], model=str(root / "base"), data=(f"toy={root / 'world'}",), seed=seed)
-    here, policy = open_task(cfg), Policy.load(cfg.model)
+    here, policy = task.open_task(cfg), Policy.load(cfg.model)
     updates, size = cfg.iterations * here.S * cfg.batch_prompts // cfg.mini_batch_prompts, cfg.mini_batch_prompts * cfg.n
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=0.01)
     order = itertools.chain.from_iterable(shuffled(here.originals, f"{seed}/{epoch}") for epoch in itertools.count())
@@ -55,7 +54,7 @@ def gold_sft(root: Annotated[Path, tyro.conf.Positional] = Path("data/toy"), see
         learn(policy, optimizer, groups)
     splits = {"dev": here.dev, "test": here.test}
     for (split, samples), temperature in itertools.product(splits.items(), (0.0, 1.0)):
-        answers = answers_of(here, policy, samples, n=1, temperature=temperature, step=EVALUATION)
+        answers = task.answer(here, policy, samples, n=1, temperature=temperature, step=task.EVALUATION)
         numbers = evaluate.score(samples, [group[0].parse for group in answers]).metrics()
         shown = f"accuracy {numbers['acc']:.3f}, IOU {numbers['iou']:.3f}, rule {numbers['rule_rate']:.3f}"
         print(f"{split} ({len(samples)}), gold SFT, {updates} updates of {size}, temperature {temperature:g}: {shown}")

@@ -18,7 +18,7 @@ import data
 from common.draws import first_shuffled
 from common.errors import UserError, command
 from common.files import Record, jsonl, write_atomically
-from common.flags import Pairs, pairs
+from common.flags import Pairs, roots
 from corpora import loading
 from corpora.dialogue import SPLITS, Turn
 from data import Failure, Sample
@@ -28,9 +28,9 @@ from experts.contracts import gold_chat, parse_gold, parse_personas, persona_cha
 Item = TypeVar("Item")
 
 
-@dataclass(frozen=True)
-class Asking:
-    """The flags that both commands share."""
+@dataclass(frozen=True, kw_only=True)
+class Asking(Settings):
+    """The flags that both commands share: those of `Settings` say how to ask, these say whom, about what, and how much."""
 
     data: Pairs
     """NAME=DIR of a dataset; repeatable."""
@@ -46,33 +46,18 @@ class Asking:
     """Answers that are there already. Default: FILE.cache."""
     limit: int = 0
     """Prompts of each dataset and split: first N of a seeded shuffle; 0 = all."""
-    temperature: float = 1.0
-    """0 is greedy."""
-    max_new_tokens: int = 2048
-    """Longest answer, in tokens."""
-    seed: int = 0
-    """Of the shuffle and of a local expert; another seed asks anew."""
-    concurrency: int = 8
-    """Requests under way at once."""
-    retries: int = 8
-    """Of a request that failed on the way or at the server."""
-    timeout: float = 300.0
-    """Seconds a try may be silent."""
 
-    def settings(self) -> Settings:
-        """How to ask. Raises `UserError` for numbers that cannot be."""
-        if not self.data:
-            raise UserError("--data is missing: give NAME=DIR")
-        how = (self.temperature, self.max_new_tokens, self.seed, self.concurrency, self.retries, self.timeout)
-        if not (self.temperature >= 0 and self.limit >= 0 and self.retries >= 0) or min(how[1], how[3], how[5]) <= 0:
+    def check(self) -> None:
+        """Raise `UserError` for numbers that cannot be."""
+        at_least_0 = min(self.temperature, self.limit, self.retries) >= 0
+        if not at_least_0 or min(self.max_new_tokens, self.concurrency, self.timeout) <= 0:
             raise UserError("--temperature, --limit and --retries must be at least 0; all other numbers at least 1")
-        return Settings(*how)
 
     def drawn(self, splits: Sequence[str], read: Callable[[str, str, str], Sequence[Item]]) -> list[Item]:
         """--limit of what `read` (of dataset, folder, split) finds in every dataset and split; all of it for 0."""
         return [
             item
-            for name, root in pairs("data", self.data).items()
+            for name, root in roots(self.data).items()
             for split in splits
             for item in first_shuffled(read(name, root, split), self.limit, f"{self.seed}/expert/{name}/{split}")
         ]
@@ -85,7 +70,7 @@ class Asking:
             yield found, cache
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PersonasCommand(Asking):
     """Describe every speaker in a sentence: the file for --personas (Eq. 4, Table 4)."""
 
@@ -94,7 +79,7 @@ class PersonasCommand(Asking):
     test sample. dialogue: also dev and test dialogues, as the paper (D28)."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GoldCommand(Asking):
     """Soft weights around the dataset's label (D14). A sample without a valid answer gets no line and so keeps its label."""
 
@@ -122,11 +107,12 @@ def gold_questions(command: GoldCommand) -> list[Sample]:
 
 def personas(command: tyro.conf.OmitArgPrefixes[PersonasCommand]) -> None:
     """Describe every speaker in a sentence: the file for --personas (Eq. 4, Table 4)."""
-    settings, asked = command.settings(), person_questions(command)
+    command.check()
+    asked = person_questions(command)
     rows, failed = list[Record](), list[Record]()
     with command.experts() as (experts, cache):
         for expert in experts:  # D28: every expert describes every speaker
-            replies = ask(expert, [persona_chat(turns, expert.control) for _, turns in asked], settings, cache)
+            replies = ask(expert, [persona_chat(turns, expert.control) for _, turns in asked], command, cache)
             for (key, turns), reply in zip(asked, replies, strict=True):
                 read, mark = parse_personas(reply, speakers(turns)), {"dialogue": key, "expert": expert.name}
                 if isinstance(read, Failure):
@@ -138,9 +124,10 @@ def personas(command: tyro.conf.OmitArgPrefixes[PersonasCommand]) -> None:
 
 def gold(command: tyro.conf.OmitArgPrefixes[GoldCommand]) -> None:
     """Soft weights around the dataset's label: the file for --gold (D14)."""
-    settings, samples = command.settings(), gold_questions(command)
+    command.check()
+    samples = gold_questions(command)
     with command.experts() as (experts, cache):
-        replies = ask_drawn(experts, {x.id: partial(gold_chat, x) for x in samples}, settings, cache)
+        replies = ask_drawn(experts, {x.id: partial(gold_chat, x) for x in samples}, command, cache)
     rows, failed = list[Record](), list[Record]()
     for sample in samples:
         read = parse_gold(replies[sample.id], sample.labels, next(iter(sample.gold)))

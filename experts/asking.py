@@ -47,8 +47,11 @@ class Settings:
     """How an expert is asked. The first three decide what it says, and with model and prompt they are the cache's key."""
 
     temperature: float = 1.0
+    """0 is greedy."""
     max_new_tokens: int = 2048
+    """Longest answer, in tokens."""
     seed: int = 0
+    """Of the shuffle of the prompts and of a local expert; another seed asks anew."""
     concurrency: int = 8
     """Requests under way at once."""
     retries: int = 8
@@ -117,15 +120,12 @@ class Endpoint:
                 if isinstance(reply, Unanswered) and failed >= GIVE_UP:
                     raise UserError(f"{self.url} failed {failed} times in a row ({reply.why}): try again later; {KEPT}")
 
-        async with connect(self.url, self.key, settings) as client:
-            tasks = [asyncio.create_task(one(client, i)) for i in range(len(chats))]
-            try:
-                for task in asyncio.as_completed(tasks):
-                    await task
-            finally:
-                for left in tasks:
-                    left.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
+        try:
+            async with connect(self.url, self.key, settings) as client, asyncio.TaskGroup() as group:
+                for i in range(len(chats)):
+                    group.create_task(one(client, i))
+        except ExceptionGroup as several:  # the first error has stopped the other requests
+            raise several.exceptions[0] from None
 
     async def request(self, client: "openai.AsyncOpenAI", chat: Chat, settings: Settings) -> Reply | Unanswered:
         """The answer to one chat, retries included."""
@@ -393,23 +393,22 @@ def ask(expert: Expert, chats: Sequence[Chat], settings: Settings, cache: Cache)
     keys = [cache_key(expert, chat, settings) for chat in chats]
     missing = {key: chat for key, chat in zip(keys, chats, strict=True) if key not in cache.known}
     order, failed, started = list(missing), dict[str, Unanswered](), set(cache.known)
-    with tqdm(total=len(missing), desc=expert.name, unit="answer", disable=None) as bar:
 
-        def keep(i: int, reply: Reply | Unanswered) -> None:
-            if isinstance(reply, Unanswered):
-                failed[order[i]] = reply
-            else:
-                cache.add(order[i], expert.name, reply)
-            bar.update()
+    def keep(i: int, reply: Reply | Unanswered) -> None:
+        if isinstance(reply, Unanswered):
+            failed[order[i]] = reply
+        else:
+            cache.add(order[i], expert.name, reply)
+        bar.update()
 
-        try:
+    try:
+        with tqdm(total=len(missing), desc=expert.name, unit="answer", disable=None) as bar:
             if missing:
                 expert.answer(list(missing.values()), settings, keep)
-        finally:
-            bar.close()
-            replies = {key: cache.known[key] for key in keys if key in cache.known}
-            new = [reply for key, reply in replies.items() if key not in started]
-            print(cost_line(expert, list(replies.values()), new, len(failed)), flush=True)
+    finally:
+        replies = {key: cache.known[key] for key in keys if key in cache.known}
+        new = [reply for key, reply in replies.items() if key not in started]
+        print(cost_line(expert, list(replies.values()), new, len(failed)), flush=True)
     return [replies.get(key) or failed[key] for key in keys]
 
 

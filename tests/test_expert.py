@@ -576,7 +576,7 @@ def test_settings_that_cannot_be(tmp_path, flag, value):
     status, _, complained = command("personas", *flags, flag, value)
     assert status == 2 and complained.count("\n") == 1 and "at least" in complained
     status, _, complained = command("gold", *flags[2:])
-    assert status == 2 and complained == "error: --data is missing: give NAME=DIR\n"
+    assert status == 2 and complained == "error: no data: give --data NAME=DIR, for example --data meld=data/meld\n"
 
 
 # Gold

@@ -43,8 +43,8 @@ def lesson(sample: data.Sample, rng: random.Random) -> str:
 def slip(text: str, rng: random.Random) -> str:
     """An answer with one of four faults."""
     start = text.index("{")
-    cut, unopened = text.removesuffix("}"), text.replace("</think>", "", 1)
-    return rng.choice((cut, f"{text[:start]}```\n{text[start:]}\n```", unopened, f"{text}\nThat is all."))
+    cut, unclosed = text.removesuffix("}"), text.replace("</think>", "", 1)
+    return rng.choice((cut, f"{text[:start]}```\n{text[start:]}\n```", unclosed, f"{text}\nThat is all."))
 
 
 # Tokenizer and model

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import data
 from common.errors import UserError
@@ -26,11 +25,14 @@ from training.folder import damage
 from training.records import digest, parse_record, sample_from_record, sample_record
 
 STRANGERS = (Turn("a stranger", "-"), Turn("another stranger", "-"))  # for a context that the run did not keep
+UNREADABLE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)  # what a damaged record may raise
+
+Check = Callable[[Record], Iterator[str]]
 
 
 @dataclass(frozen=True)
 class Findings:
-    """One line a difference (file, line, field), and what was checked."""
+    """One line per difference (file, line, field), and what was checked."""
 
     problems: tuple[str, ...]
     summary: str
@@ -40,7 +42,7 @@ def audit(run: Path) -> Findings:
     """Check a run folder. Raises `UserError` where it is no run, has no rollouts, or a line is not JSON."""
     config, records = read_json(run / "config.json"), rollouts(run)
     check_settings(run, config)
-    kept, decoded, damaged = Kept(run), decoder(run), damage(run)
+    kept, decoded, damaged = BufferFile(run), decoder(run), damage(run)
     problems, heads = list(damaged or []), list[tuple[str, Record]]()
     for where, record in records:  # one at a time: all of them may be larger than memory
         problems += [f"{where}: {problem}" for problem in examine(record, config, kept, decoded)]
@@ -53,7 +55,7 @@ def audit(run: Path) -> Findings:
     return Findings(tuple(problems), text if decoded else f"{text}; token ids not decoded (no tokenizer in {run / 'model'})")
 
 
-# Reading
+# Reading a run
 
 
 def lines(path: Path) -> Iterator[tuple[str, Record]]:
@@ -82,7 +84,7 @@ NEEDED = {
 }  # fmt: skip
 
 
-def check_settings(run: Path, config: Mapping[str, Any]) -> None:
+def check_settings(run: Path, config: Record) -> None:
     """Raise `UserError` where config.json has not what an audit needs."""
     for name, kind in NEEDED.items():
         value = config.get(name)
@@ -91,7 +93,7 @@ def check_settings(run: Path, config: Mapping[str, Any]) -> None:
             raise UserError(f"{run / 'config.json'}: {name} is {value!r}: it is not of a run of selfemo.py, or damaged")
 
 
-class Kept:
+class BufferFile:
     """buffer.jsonl: the kept answers and the samples made of them, handed out in the order of the rollouts."""
 
     def __init__(self, run: Path) -> None:
@@ -119,12 +121,11 @@ class Kept:
                 yield f"buffer.jsonl: sample_id: {sample_id} of iteration {iteration} is kept without a selected answer"
 
 
-def decoder(run: Path) -> Callable[[Record], Iterator[str]] | None:
-    """Checks of ids against text, once the run has written its model with the tokenizer."""
+def decoder(run: Path) -> Check | None:
+    """The check of ids against text, once the run has written its model with the tokenizer."""
     folder = run / "model"
     if not (folder / "tokenizer_config.json").exists():
         return None
-
     tokenizer = load_tokenizer(folder)
     stops = eos_ids(folder, tokenizer)
 
@@ -141,30 +142,28 @@ def decoder(run: Path) -> Callable[[Record], Iterator[str]] | None:
     return check
 
 
-# Checking
+# Checking a record
 
 
-def examine(
-    record: Record, config: Mapping[str, Any], kept: Kept, decoded: Callable[[Record], Iterator[str]] | None
-) -> Iterator[str]:
+def examine(record: Record, config: Record, kept: BufferFile, decoded: Check | None) -> Iterator[str]:
     """Every check of one record. Whatever a forger wrote, the audit says so and goes on."""
     try:
         yield from compare(record, {"sha256": digest(record)})
         yield from form(record, config)
         yield from differences(record, config, kept)
         yield from decoded(record) if decoded else ()
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except UNREADABLE as error:
         yield f"record: a field is missing or not what it should be: {type(error).__name__} {error}"
 
 
-def expected_lam(step: int, config: Mapping[str, Any]) -> float:
+def expected_lam(step: int, config: Record) -> float:
     """Lambda of a step (Eq. 13, D7): over the run, within the iteration if it retrains from base, or 0 (D27)."""
     if not config["self_grpo"]:
         return 0.0
     return lam(step % config["S"], config["S"]) if config["retrain_from"] == "base" else lam(step, config["T"])
 
 
-def recompute(record: Record, config: Mapping[str, Any]) -> tuple[list[data.Output | data.Failure], Record]:
+def recompute(record: Record, config: Record) -> tuple[list[data.Output | data.Failure], Record]:
     """The answers of a record read again, and every field that follows from `text`, `gold`, `step` and the config."""
     answers, gold = record["answers"], record["gold"]
     parses = [data.parse_output(a["text"], record["labels"], finished=a["finished"]) for a in answers]
@@ -179,7 +178,7 @@ def recompute(record: Record, config: Mapping[str, Any]) -> tuple[list[data.Outp
     return parses, derived | {f"answers[{i}].index": i for i in range(len(answers))}
 
 
-def differences(record: Record, config: Mapping[str, Any], kept: Kept) -> Iterator[str]:
+def differences(record: Record, config: Record, kept: BufferFile) -> Iterator[str]:
     """What a record, and its line of buffer.jsonl, say differently from what follows from its answers."""
     parses, derived = recompute(record, config)
     sample, row = sample_of(record, kept)
@@ -202,7 +201,7 @@ def differences(record: Record, config: Mapping[str, Any], kept: Kept) -> Iterat
 
 
 def compare(written: Record, derived: Record) -> Iterator[str]:
-    """One line a field of `derived` that is written otherwise. Exact, and 1 is not true."""
+    """One line per field of `derived` that is written otherwise. Exact, and 1 is not true."""
     for name, value in derived.items():
         if name not in written:
             yield f"{name}: missing, it should be {value!r}"
@@ -210,7 +209,7 @@ def compare(written: Record, derived: Record) -> Iterator[str]:
             yield f"{name}: written {written[name]!r}, recomputed {value!r}"
 
 
-def sample_of(record: Record, kept: Kept) -> tuple[Sample, Record | None]:
+def sample_of(record: Record, kept: BufferFile) -> tuple[Sample, Record | None]:
     """The sample that was answered, as far as the run kept it, and the line of its own kept answer."""
     row = kept.take(record) if record["selected"] is not None else None
     if record["depth"]:
@@ -230,7 +229,7 @@ def sample_of(record: Record, kept: Kept) -> tuple[Sample, Record | None]:
     return sample, row
 
 
-def form(record: Record, config: Mapping[str, Any]) -> Iterator[str]:
+def form(record: Record, config: Record) -> Iterator[str]:
     """Lengths, origins and signs that hold for every record."""
     parent, _, made = record["sample_id"].rpartition("+")
     depth = record["sample_id"].count("+")
@@ -251,7 +250,7 @@ def form(record: Record, config: Mapping[str, Any]) -> Iterator[str]:
             yield f"answers[{i}].logprobs: {len(answer['logprobs'])} for {size} tokens, or one of them not in (-inf, 0]"
 
 
-def order(records: Iterable[tuple[str, Record]], config: Mapping[str, Any]) -> Iterator[str]:
+def order(records: Iterable[tuple[str, Record]], config: Record) -> Iterator[str]:
     """Whether steps follow each other without gap or repeat, in the file of their iteration, with weights that advance."""
     last, groups = (-1, -1), Counter[int]()
     for where, record in records:
@@ -270,16 +269,21 @@ def order(records: Iterable[tuple[str, Record]], config: Mapping[str, Any]) -> I
             yield f"step {step}: {found} groups, the config says {config['batch_prompts']}"
 
 
-# Showing
+# Working a group out for --show
 
 
 def show(run: Path, sample_id: str) -> str:
     """Every group of one sample, worked out number by number. Raises `UserError` if there is none."""
+    with readable(run, sample_id):
+        return "\n\n".join("\n".join(derivation(record)) for record in groups_of(run, sample_id))
+
+
+def groups_of(run: Path, sample_id: str) -> list[Record]:
+    """The records of one sample. Raises `UserError` if there is none."""
     found = [record for _, record in rollouts(run) if record.get("sample_id") == sample_id]
     if not found:
         raise UserError(f"{run} holds no answers to {sample_id!r}")
-    with readable(run, sample_id):
-        return "\n\n".join("\n".join(derivation(record)) for record in found)
+    return found
 
 
 @contextmanager
@@ -287,7 +291,7 @@ def readable(run: Path, sample_id: str) -> Iterator[None]:
     """Whatever a damaged record of a sample does inside becomes one line. Raises `UserError`."""
     try:
         yield
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except UNREADABLE as error:
         why = f"{type(error).__name__} {error}"
         raise UserError(f"{run}: a record of {sample_id} is damaged ({why}): the audit without --show says more") from None
 
@@ -298,7 +302,7 @@ def weights(emotions: Mapping[str, float]) -> str:
 
 
 def derivation(record: Record) -> Iterator[str]:
-    """Eqs. 8-13 for one group as a teacher would write them."""
+    """The numbers of one group (Eqs. 8-13) as a teacher would write them down."""
     answers, gold = record["answers"], record["gold"]
     valid = {a["index"]: a["parse"]["last_emotions"] for a in answers if a["parse"]["reason"] is None}
     yield f"{record['sample_id']}, step {record['step']}, iteration {record['iteration']}, {record['origin']}"
@@ -320,7 +324,7 @@ def derivation(record: Record) -> Iterator[str]:
 
 
 def reward_lines(answer: Record, gold: Mapping[str, float]) -> Iterator[str]:
-    """Eqs. 8-10 for one answer."""
+    """The reward of one answer (Eqs. 8-10)."""
     if answer["parse"]["reason"] is not None:
         yield f"  the rule fails ({answer['parse']['reason']}: {answer['parse']['detail']}): r = {answer['reward']} (Eq. 8)"
         return
@@ -337,7 +341,7 @@ def reward_lines(answer: Record, gold: Mapping[str, float]) -> Iterator[str]:
 
 
 def advantage_lines(record: Record) -> Iterator[str]:
-    """Eq. 13 for one group."""
+    """The advantages of one group (Eq. 13)."""
     terms = []
     for name, symbol in (("reward", "r"), ("consistency", "r2")):
         values = [answer[name] for answer in record["answers"]]

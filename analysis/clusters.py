@@ -3,8 +3,8 @@
     python evaluate.py personas --personas personas.jsonl --plot personas.svg
     python evaluate.py personas --run RUN --scores ours.jsonl --scores theirs.jsonl [--encoder DIR] [--json]
 
-Names are masked, descriptions become vectors (vectors.py), HDBSCAN groups them, a group is named by the words that it has
-more often than the rest. What HDBSCAN leaves alone is the class `noise`, never dropped.
+Names are masked, descriptions become vectors (analysis/vectors.py), HDBSCAN groups them, and a group is named by the words
+that it has more often than the rest. What HDBSCAN leaves alone is the class `noise`, never dropped.
 """
 
 import json
@@ -20,10 +20,11 @@ import numpy as np
 import tyro
 
 from analysis.audit import rollouts
+from analysis.compare import scored_rows
 from analysis.pairing import span
 from analysis.vectors import Floats, encoder_vectors, flat, sklearn, tfidf_vectors
 from common.errors import UserError
-from common.files import Record, read_lines, write_atomically
+from common.files import Record, write_atomically
 from common.flags import Pairs
 from corpora import loading
 from grpo import iou
@@ -54,7 +55,7 @@ class Cluster:
     members: tuple[int, ...]
 
 
-# Reading
+# Descriptions, and what each of them earns
 
 
 def from_file(path: Path) -> list[Description]:
@@ -64,14 +65,13 @@ def from_file(path: Path) -> list[Description]:
 
 
 def from_run(records: Sequence[Record]) -> list[Description]:
-    """Persona sentences of the responders of a run, one a dialogue and speaker."""
-    named = [(dialogue_of(r["sample_id"]), r["responder"]) for r in records if r["responder"]["persona"]]
-    return [Description(*key) for key in dict.fromkeys((d, who["name"] or "", who["persona"]) for d, who in named)]
-
-
-def dialogue_of(sample_id: str) -> str:
-    """Key of the dialogue that a sample or its children come from."""
-    return sample_id.partition("+")[0].rpartition("/")[0]
+    """Persona sentences of the responders of a run, one per dialogue and speaker."""
+    found = []
+    for record in records:
+        who, dialogue = record["responder"], record["sample_id"].partition("+")[0].rpartition("/")[0]
+        if who["persona"]:
+            found.append(Description(dialogue, who["name"] or "", who["persona"]))
+    return list(dict.fromkeys(found))
 
 
 def run_ious(records: Sequence[Record]) -> Earned:
@@ -84,14 +84,8 @@ def run_ious(records: Sequence[Record]) -> Earned:
 
 
 def score_ious(path: Path) -> Earned:
-    """The same of answers that `evaluate.py score --out` kept. Raises `UserError`."""
-    try:
-        found = [(row["persona"], float(row["iou"])) for row in read_lines(path)]
-    except (LookupError, TypeError, ValueError) as error:
-        raise UserError(f"{path} does not hold answers of evaluate.py score --out: {error!r}") from None
-    if not found:
-        raise UserError(f"{path} is missing or empty: give what evaluate.py score --out wrote")
-    return found
+    """What the answers that `evaluate.py score --out` kept earn. Raises `UserError`."""
+    return scored_rows(path, lambda row: (row["persona"], float(row["iou"])))
 
 
 # Clusters
@@ -206,7 +200,7 @@ def draw(found: Sequence[Cluster], places: Floats, path: Path) -> None:
 
 
 def label(x: Cluster) -> str:
-    """Number, name and size."""
+    """The number, name and size of a cluster."""
     return f"{x.name} ({len(x.members)})" if x.number == NOISE else f"{x.number} {x.name} ({len(x.members)})"
 
 
@@ -230,7 +224,7 @@ class PersonasCommand:
     run: Path | None = None
     """Run whose responders' personas are taken, and what its answers to them earned."""
     personas: Path | None = None
-    """Personas to take instead (JSONL of expert.py)."""
+    """Personas to take instead (JSONL of `python -m experts`)."""
     scores: Pairs = ()
     """Answers of evaluate.py score --out, repeatable: what they earn by persona (Table 3)."""
     steps: str = ""

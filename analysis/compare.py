@@ -1,15 +1,18 @@
 """Two systems on the same samples, or two sides of a pair: exact tests and bootstrap intervals."""
 
-import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from common.errors import UserError
+from common.files import Record, read_lines
 from data import Sample
+
+Built = TypeVar("Built")
 
 
 def sign_test(wins: int, losses: int) -> float:
@@ -42,13 +45,20 @@ def paired_interval(
     return (b - c) / n, *interval(b, c, n - b - c, seed=seed, draws=draws)
 
 
+def scored_rows(path: Path, build: Callable[[Record], Built]) -> list[Built]:
+    """What `build` makes of the rows that evaluate.py score --out wrote. Raises `UserError` for any other file."""
+    try:
+        found = [build(row) for row in read_lines(path)]
+    except (LookupError, TypeError, ValueError, UserError) as error:
+        raise UserError(f"{path} does not hold answers of evaluate.py score --out: {error}") from None
+    if not found:
+        raise UserError(f"{path} is missing or empty: give what evaluate.py score --out wrote")
+    return found
+
+
 def read_baseline(path: Path, datasets: Mapping[str, Sequence[Sample]]) -> dict[str, bool]:
     """Sample id -> right or wrong, from another model's --out. Raises `UserError` if a sample is missing in it."""
-    try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-        correct = {row["id"]: row["correct"] is True for row in rows}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} does not hold answers written with --out: {error}") from None
+    correct = dict(scored_rows(path, lambda row: (row["id"], row["correct"] is True)))
     missing = [sample.id for samples in datasets.values() for sample in samples if sample.id not in correct]
     if missing:
         raise UserError(f"{path} lacks {len(missing)} samples, the first {missing[0]}: score both on the same --data")

@@ -3,8 +3,8 @@
     python evaluate.py judge RUN --early 0-9 --late 10-19 --judge URL --judge_name NAME
     python evaluate.py judge --early DIR --late DIR --data meld=data/meld --judge DIR --out verdicts.jsonl
 
-Which answers make a pair is in pairing.py. Every judge is asked two questions about a pair, sees it in both orders and, as a
-control, one of its answers against itself. Every verdict is kept with the judge's own words.
+Which answers make a pair is in analysis/pairing.py. Every judge is asked two questions about a pair, sees it in both orders
+and, as a control, one of its answers against itself. Every verdict is kept with the judge's own words.
 """
 
 import json
@@ -27,7 +27,8 @@ from common.flags import Pairs, pairs
 from common.text import clean
 from corpora import loading
 from data import Failure, Sample
-from experts.asking import Cache, Chat, Expert, Reply, Settings, Unanswered, ask, open_cache, open_experts
+from experts.asking import Cache, Chat, Expert, Reply, Settings, Unanswered, ask, beside, open_cache, open_experts
+from experts.contracts import whole_text
 
 # What is asked: the contract of Table 9 in our words (D16)
 
@@ -77,23 +78,22 @@ def judge_chat(trial: Trial, control: Sequence[str] = ()) -> Chat:
     parts = told[:1] if told[0] == told[1] else apart
     for letter, said in zip("AB", trial.shown, strict=True):
         feels = ", ".join(f"{emotion} {weight:g}" for emotion, weight in said.output.my_emotions.items())
-        answer = f"Thoughts: {said.output.reasoning.strip()}\nFeels: {feels}\nSays: {said.output.my_output}"
-        parts.append(f"Answer {letter}\n{data.safe(answer, control)}")
+        shown = f"Thoughts: {said.output.reasoning.strip()}\nFeels: {feels}\nSays: {said.output.my_output}"
+        parts.append(f"Answer {letter}\n{data.safe(shown, control)}")
     system = "You compare how two answers play a role in a conversation. You go by what they say, not by what you would say."
     return data.chat(system, "\n\n".join([*parts, QUESTIONS[trial.question], STEPS]))
 
 
 def parse_verdict(reply: Reply | Unanswered) -> str | Failure:
     """A, B or tie, from the last line. Never raises. Reasons: unanswered, unfinished, verdict."""
-    if isinstance(reply, Unanswered):
-        return Failure("unanswered", reply.why)
-    if not reply.finished:
-        return Failure("unfinished", "cut off before the end of the answer")
-    last = reply.text.rstrip().rpartition("\n")[2]
+    text = whole_text(reply)
+    if isinstance(text, Failure):
+        return text
+    last = text.rstrip().rpartition("\n")[2]
     match = VERDICT.fullmatch(last)
     if match is None:
         return Failure("verdict", f"the last line is {clean(last)[:60]!r}")
-    return match[1].lower() if match[1].lower() == "tie" else match[1].upper()
+    return {"a": "A", "b": "B"}.get(match[1].lower(), "tie")
 
 
 SIDES: tuple[tuple[Side, Side], ...] = (("early", "late"), ("late", "early"))
@@ -127,6 +127,7 @@ def verdict_row(judge: str, trial: Trial, reply: Reply | Unanswered) -> Record:
 
 
 # Counting
+
 
 def outcome(first: str | None, second: str | None) -> str:
     """What a pair says of the late answer, from the side preferred in either order; None is an invalid verdict."""
@@ -182,7 +183,7 @@ class JudgeCommand:
     early: str
     """Step, or FIRST-LAST, of RUN; without RUN, the folder of a model."""
     late: str
-    """The same for the later answers."""
+    """The later answers, named in the same way."""
     judge: Pairs
     """Endpoint (https://host/v1) or Hugging Face folder; repeatable. Judges are greedy."""
     run: tyro.conf.Positional[Path | None] = None
@@ -200,7 +201,7 @@ class JudgeCommand:
     split: Literal["train", "dev", "test"] = "test"
     """Split that two models answer."""
     personas: Path | None = None
-    """Personas that two models see (JSONL of expert.py)."""
+    """Personas that two models see (JSONL of `python -m experts`)."""
     persona_scope: Literal["none", "context", "dialogue"] = "none"
     """Which of them dev and test show (D28)."""
     prompts: Path | None = None
@@ -218,10 +219,11 @@ class JudgeCommand:
 def prompts_of(command: JudgeCommand) -> list[Sample]:
     """What two models answer: the first --limit of a seeded shuffle."""
     known = loading.read_personas(command.personas) if command.personas else None
-    found: list[Sample] = []
-    for name, root in pairs("data", command.data).items():
-        dialogues, labels = loading.load(name, root, command.split), loading.label_set(name, root)
-        found += data.samples(dialogues, labels, personas=known, persona_scope=command.persona_scope)
+    found = [
+        sample
+        for name, root in pairs("data", command.data).items()
+        for sample in data.read_samples(name, root, command.split, personas=known, persona_scope=command.persona_scope)
+    ]
     return first_shuffled(found, command.limit, f"{command.seed}/judge")
 
 
@@ -240,7 +242,7 @@ def judge_command(command: tyro.conf.OmitArgPrefixes[JudgeCommand]) -> int:
     if command.run:
         found, note = recorded(command.run, command.early, command.late, moved=command.data, seed=command.seed)
         found = found[: command.limit or None]
-    with open_cache(out.with_name(f"{out.name}.cache")) as cache:
+    with open_cache(beside(out, "cache")) as cache:
         if not command.run:
             prompts = data.read_prompts(command.prompts) if command.prompts else data.DEFAULT
             sampled = Settings(command.temperature, command.max_new_tokens, command.seed)

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import data
-from analysis.audit import lines, rollouts
+from analysis.audit import rollouts
 from common.draws import shuffled, stable_hash
 from common.errors import UserError
-from common.files import Record, read_json
+from common.files import Record, read_json, read_lines
 from common.flags import pairs
 from data import Failure, Output, Prompts, Sample
 from experts.asking import Cache, Reply, Settings, Unanswered, ask, open_experts
@@ -55,8 +55,8 @@ def known_samples(run: Path, moved: Sequence[str]) -> dict[str, Sample]:
     """Every sample of a run by id: originals from the data of its config (or of `moved`), the others as it made them."""
     cfg = of_run(read_json(run / "config.json"))
     split = read_samples(cfg, pairs("data", moved or cfg.data))
-    made = [sample_from_record(row["child"]) for _, row in lines(run / "buffer.jsonl")]
-    return {sample.id: sample for sample in [*(s for part in split.values() for s in part), *made]}
+    made = [sample_from_record(row["child"]) for row in read_lines(run / "buffer.jsonl")]
+    return {sample.id: sample for part in (*split.values(), made) for sample in part}
 
 
 def drawn(record: Record, samples: Mapping[str, Sample], seed: int) -> Said | None:

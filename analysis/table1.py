@@ -5,7 +5,7 @@ The command is `python evaluate.py score`.
 
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -13,15 +13,15 @@ import data
 from common.errors import UserError
 from common.hub import load_tokenizer
 from data import Prompts, Sample
-from experts.asking import Expert, Settings, Unanswered, ask, open_cache, open_experts, open_local
+from experts.asking import Expert, Reply, Settings, Unanswered, ask, is_url, open_cache, open_experts, open_local
 
 Metrics = Mapping[str, Mapping[str, float]]  # row (a dataset, `average`, ...) -> metric -> value
-Answers = dict[str, list[tuple[str, bool]]]  # dataset -> (text, finished) a sample
+Answers = dict[str, list[tuple[str, bool]]]  # dataset -> (text, finished) of each sample
 
 
 def endpoints(models: Sequence[str], names: Sequence[str]) -> dict[str, Expert]:
-    """Those of --model that are URLs, with the names of --model_name in order. Raises `UserError`."""
-    urls = [place for place in models if re.match(r"https?://", place)]
+    """The endpoints among --model, with the names of --model_name in order. Raises `UserError`."""
+    urls = list(filter(is_url, models))
     if not urls and not names:
         return {}
     return dict(zip(urls, open_experts(urls, names, flags=("--model", "--model_name")), strict=True))
@@ -30,31 +30,30 @@ def endpoints(models: Sequence[str], names: Sequence[str]) -> dict[str, Expert]:
 def asked(
     model: Expert, datasets: Mapping[str, Sequence[Sample]], prompts: Prompts, settings: Settings, cache: Path
 ) -> Answers:
-    """One answer of an endpoint a sample. Raises `UserError` if any is missing: what was not heard cannot be wrong."""
-    chats = {name: [data.messages(s, prompts, model.control) for s in samples] for name, samples in datasets.items()}
+    """One answer of an endpoint per sample. Raises `UserError` if any is missing: what was not heard cannot be wrong."""
+    answers, missing = Answers(), list[str]()
     with open_cache(cache) as known:
-        replies = {name: ask(model, part, settings, known) for name, part in chats.items()}
-    missing = [reply.why for part in replies.values() for reply in part if isinstance(reply, Unanswered)]
+        for name, samples in datasets.items():
+            replies = ask(model, [data.messages(s, prompts, model.control) for s in samples], settings, known)
+            missing += [reply.why for reply in replies if isinstance(reply, Unanswered)]
+            answers[name] = [(reply.text, reply.finished) for reply in replies if isinstance(reply, Reply)]
     if missing:
         raise UserError(f"{len(missing)} samples have no answer ({missing[0]}): the same command asks for those again")
-    heard = {name: [r for r in part if not isinstance(r, Unanswered)] for name, part in replies.items()}
-    return {name: [(reply.text, reply.finished) for reply in part] for name, part in heard.items()}
+    return answers
 
 
 def generated(
     folder: str, datasets: Mapping[str, Sequence[Sample]], prompts: Prompts, settings: Settings, kv_budget: int | None
 ) -> Answers:
-    """One answer of a local model a sample, in one call a dataset.
+    """One answer of a local model per sample, in one call per dataset.
 
     Raises `UserError` where the model cannot be opened or computes NaN.
     """
-
-    tokenizer = load_tokenizer(folder)
-    answer = open_local(folder, tokenizer, kv_budget=kv_budget, progress=True)
-    answers: Answers = {}
+    tokenizer, answers = load_tokenizer(folder), Answers()
+    replies_to = open_local(folder, tokenizer, kv_budget=kv_budget, progress=True)
     for name, samples in datasets.items():
         encoded = [data.encode(tokenizer, sample, prompts) for sample in samples]
-        replies = answer(encoded, [sample.id for sample in samples], settings)
+        replies = replies_to(encoded, [sample.id for sample in samples], settings)
         answers[name] = [(reply.text, reply.finished) for reply in replies]
     return answers
 
@@ -62,10 +61,11 @@ def generated(
 def spread(runs: Sequence[Metrics]) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
     """Mean and sample standard deviation (n - 1) of every metric of every row that all runs have, over two or more runs."""
     common = [row for row in runs[0] if all(row in run for run in runs)]
-    values = {row: {name: [run[row][name] for run in runs] for name in runs[0][row]} for row in common}
-    means = {row: {name: statistics.fmean(x) for name, x in metrics.items()} for row, metrics in values.items()}
-    stds = {row: {name: statistics.stdev(x) for name, x in metrics.items()} for row, metrics in values.items()}
-    return means, stds
+
+    def over_runs(of: Callable[[list[float]], float]) -> dict[str, dict[str, float]]:
+        return {row: {name: of([run[row][name] for run in runs]) for name in runs[0][row]} for row in common}
+
+    return over_runs(statistics.fmean), over_runs(statistics.stdev)
 
 
 def cells(sets: Sequence[str], scores: Metrics, stds: Metrics | None = None, sign: str = "+-") -> list[str]:
@@ -81,7 +81,7 @@ def cells(sets: Sequence[str], scores: Metrics, stds: Metrics | None = None, sig
 def rendered(
     form: Literal["text", "markdown", "latex"], titles: Sequence[str], runs: Sequence[Metrics], sets: Sequence[str]
 ) -> str:
-    """Table 1: a line a model (and seed), and their mean and spread where there are several. `sets`: rows of the scores."""
+    """Table 1: a line per model (and seed), and mean and spread over several. `sets`: the rows of the scores shown."""
     sign = r"$\pm$" if form == "latex" else "+-"
     lines = [[escaped(form, title), *cells(sets, run)] for title, run in zip(titles, runs, strict=True)]
     if len(runs) > 1:
@@ -99,9 +99,9 @@ def rendered(
     return "\n".join(" ".join(f"{x:>{w}}" for x, w in zip(line, widths, strict=True)) for line in [head, *lines])
 
 
-def markdown(lines: Sequence[Sequence[str]]) -> str:
-    """A table, its head first, in Markdown; all but the first column to the right."""
-    rows = [lines[0], ["---", *["---:"] * (len(lines[0]) - 1)], *lines[1:]]
+def markdown(lines: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> str:
+    """A table, its head first, in Markdown; all columns but those of `left` are set to the right."""
+    rows = [lines[0], ["---" if i in left else "---:" for i in range(len(lines[0]))], *lines[1:]]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -113,7 +113,7 @@ def escaped(form: str, text: str) -> str:
 
 
 def summary(rows: Mapping[str, Mapping[str, float]]) -> str:
-    """Metrics as a table in percent, one line a row."""
+    """Metrics as a table in percent, one line per row of the scores."""
     columns = {"acc": "Acc.", "wf1": "W-F1", "macro_f1": "M-F1", "iou": "IOU", "rule_rate": "valid"}
     lines = [f"{'':28}" + "".join(f" {title:>7}" for title in columns.values())]
     for name, row in rows.items():

@@ -43,7 +43,6 @@ def encoder_vectors(texts: Sequence[str], folder: str, batch: int = 32) -> Float
     import torch
     from transformers import AutoModel, AutoTokenizer
 
-
     quiet_transformers()
     try:
         tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()

@@ -5,30 +5,32 @@
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import tyro
 
 import data
 from common.draws import first_shuffled
 from common.errors import UserError, command
-from common.files import jsonl, write_atomically
-from common.flags import Pairs, pairs
+from common.files import Record, jsonl, write_atomically
+from common.flags import Pairs, roots
 from corpora import loading
 from corpora.dialogue import SPLITS, Turn
 from data import Failure, Sample
-from experts.asking import KEPT, Settings, ask, ask_drawn, open_cache, open_experts
-from experts.contracts import Row, gold_chat, parse_gold, parse_personas, persona_chat, reason_counts, speakers
+from experts.asking import KEPT, Cache, Expert, Settings, ask, ask_drawn, beside, open_cache, open_experts
+from experts.contracts import gold_chat, parse_gold, parse_personas, persona_chat, reason_counts, speakers
 
-# Commands
+Item = TypeVar("Item")
 
 
-@dataclass(frozen=True)
-class Asking:
-    """What both commands ask for."""
+@dataclass(frozen=True, kw_only=True)
+class Asking(Settings):
+    """The flags that both commands share: those of `Settings` say how to ask, these say whom, about what, and how much."""
 
     data: Pairs
     """NAME=DIR of a dataset; repeatable."""
@@ -44,30 +46,31 @@ class Asking:
     """Answers that are there already. Default: FILE.cache."""
     limit: int = 0
     """Prompts of each dataset and split: first N of a seeded shuffle; 0 = all."""
-    temperature: float = 1.0
-    """0 is greedy."""
-    max_new_tokens: int = 2048
-    """Longest answer, in tokens."""
-    seed: int = 0
-    """Of the shuffle and of a local expert; another seed asks anew."""
-    concurrency: int = 8
-    """Requests under way at once."""
-    retries: int = 8
-    """Of a request that failed on the way or at the server."""
-    timeout: float = 300.0
-    """Seconds a try may be silent."""
 
-    def settings(self) -> Settings:
-        """How to ask."""
-        if not self.data:
-            raise UserError("--data is missing: give NAME=DIR")
-        how = (self.temperature, self.max_new_tokens, self.seed, self.concurrency, self.retries, self.timeout)
-        if not (self.temperature >= 0 and self.limit >= 0 and self.retries >= 0) or min(how[1], how[3], how[5]) <= 0:
+    def check(self) -> None:
+        """Raise `UserError` for numbers that cannot be."""
+        at_least_0 = min(self.temperature, self.limit, self.retries) >= 0
+        if not at_least_0 or min(self.max_new_tokens, self.concurrency, self.timeout) <= 0:
             raise UserError("--temperature, --limit and --retries must be at least 0; all other numbers at least 1")
-        return Settings(*how)
+
+    def drawn(self, splits: Sequence[str], read: Callable[[str, str, str], Sequence[Item]]) -> list[Item]:
+        """--limit of what `read` (of dataset, folder, split) finds in every dataset and split; all of it for 0."""
+        return [
+            item
+            for name, root in roots(self.data).items()
+            for split in splits
+            for item in first_shuffled(read(name, root, split), self.limit, f"{self.seed}/expert/{name}/{split}")
+        ]
+
+    @contextmanager
+    def experts(self) -> Iterator[tuple[list[Expert], Cache]]:
+        """The experts, and the cache of what they have answered already."""
+        found = open_experts(self.expert, self.expert_model, self.price)
+        with open_cache(self.cache or beside(self.out, "cache")) as cache:
+            yield found, cache
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PersonasCommand(Asking):
     """Describe every speaker in a sentence: the file for --personas (Eq. 4, Table 4)."""
 
@@ -76,7 +79,7 @@ class PersonasCommand(Asking):
     test sample. dialogue: also dev and test dialogues, as the paper (D28)."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GoldCommand(Asking):
     """Soft weights around the dataset's label (D14). A sample without a valid answer gets no line and so keeps its label."""
 
@@ -87,31 +90,33 @@ class GoldCommand(Asking):
 def person_questions(command: PersonasCommand) -> list[tuple[str, tuple[Turn, ...]]]:
     """What is to be described: the name that its personas are filed under, and the turns that may be seen."""
 
-    found = []
-    for name, root in pairs("data", command.data).items():
-        for split in SPLITS if command.scope != "none" else ("train",):
-            dialogues = loading.load(name, root, split)
-            if split == "train" or command.scope == "dialogue":
-                shown = [(d.key, d.turns) for d in dialogues]
-            else:
-                shown = [(s.id, s.context) for s in data.samples(dialogues, loading.label_set(name, root))]
-            shown = [(key, turns) for key, turns in shown if speakers(turns)]
-            found += first_shuffled(shown, command.limit, f"{command.seed}/expert/{name}/{split}")
-    return found
+    def shown(name: str, root: str, split: str) -> list[tuple[str, tuple[Turn, ...]]]:
+        if split == "train" or command.scope == "dialogue":
+            found = [(dialogue.key, dialogue.turns) for dialogue in loading.load(name, root, split)]
+        else:
+            found = [(sample.id, sample.context) for sample in data.read_samples(name, root, split)]
+        return [(key, turns) for key, turns in found if speakers(turns)]
+
+    return command.drawn(("train",) if command.scope == "none" else SPLITS, shown)
+
+
+def gold_questions(command: GoldCommand) -> list[Sample]:
+    """Samples with one label; gold that is soft already needs no expert."""
+    return command.drawn(command.split, lambda *place: [x for x in data.read_samples(*place) if len(x.gold) == 1])
 
 
 def personas(command: tyro.conf.OmitArgPrefixes[PersonasCommand]) -> None:
     """Describe every speaker in a sentence: the file for --personas (Eq. 4, Table 4)."""
-    settings, asked = command.settings(), person_questions(command)
-    experts = open_experts(command.expert, command.expert_model, command.price)
-    rows, failed = list[Row](), list[tuple[Row, Failure]]()
-    with open_cache(command.cache or beside(command.out, "cache")) as cache:
+    command.check()
+    asked = person_questions(command)
+    rows, failed = list[Record](), list[Record]()
+    with command.experts() as (experts, cache):
         for expert in experts:  # D28: every expert describes every speaker
-            replies = ask(expert, [persona_chat(turns, expert.control) for _, turns in asked], settings, cache)
+            replies = ask(expert, [persona_chat(turns, expert.control) for _, turns in asked], command, cache)
             for (key, turns), reply in zip(asked, replies, strict=True):
                 read, mark = parse_personas(reply, speakers(turns)), {"dialogue": key, "expert": expert.name}
                 if isinstance(read, Failure):
-                    failed.append((mark, read))
+                    failed.append(mark | vars(read))
                 else:
                     rows += [{**mark, "speaker": n, "persona": p, "theme": read.theme} for n, p in read.personas.items()]
     write(command.out, rows, failed, len(asked) * len(experts), f"{len(rows)} personas")
@@ -119,45 +124,25 @@ def personas(command: tyro.conf.OmitArgPrefixes[PersonasCommand]) -> None:
 
 def gold(command: tyro.conf.OmitArgPrefixes[GoldCommand]) -> None:
     """Soft weights around the dataset's label: the file for --gold (D14)."""
-    settings, samples = command.settings(), gold_questions(command)
-    experts = open_experts(command.expert, command.expert_model, command.price)
-    with open_cache(command.cache or beside(command.out, "cache")) as cache:
-        chat = lambda i, control: gold_chat(samples[i], control)  # noqa: E731
-        replies = ask_drawn(experts, [sample.id for sample in samples], chat, settings, cache)
-    rows, failed = list[Row](), list[tuple[Row, Failure]]()
-    for sample, reply in zip(samples, replies, strict=True):
-        read = parse_gold(reply, sample.labels, next(iter(sample.gold)))
+    command.check()
+    samples = gold_questions(command)
+    with command.experts() as (experts, cache):
+        replies = ask_drawn(experts, {x.id: partial(gold_chat, x) for x in samples}, command, cache)
+    rows, failed = list[Record](), list[Record]()
+    for sample in samples:
+        read = parse_gold(replies[sample.id], sample.labels, next(iter(sample.gold)))
         if isinstance(read, Failure):
-            failed.append(({"id": sample.id}, read))
+            failed.append({"id": sample.id} | vars(read))
         else:
             rows.append({"id": sample.id, "weights": read})
     write(command.out, rows, failed, len(samples), f"{len(rows)} samples with weights")
 
 
-def gold_questions(command: GoldCommand) -> list[Sample]:
-    """Samples with one label; gold that is soft already needs no expert."""
-
-    found: list[Sample] = []
-    for name, root in pairs("data", command.data).items():
-        for split in command.split:
-            made = data.samples(loading.load(name, root, split), loading.label_set(name, root))
-            hard = [sample for sample in made if len(sample.gold) == 1]
-            found += first_shuffled(hard, command.limit, f"{command.seed}/expert/{name}/{split}")
-    return found
-
-
-def beside(path: Path, ending: str) -> Path:
-    """A file next to --out."""
-    return path.with_name(f"{path.name}.{ending}")
-
-
-def write(out: Path, rows: Sequence[Row], failed: Sequence[tuple[Row, Failure]], asked: int, what: str) -> None:
+def write(out: Path, rows: Sequence[Record], failed: Sequence[Record], asked: int, what: str) -> None:
     """Write the result and the failures, and say how many there are. Raises `UserError` where no answer is valid."""
-
     write_atomically(out, jsonl(rows))
-    write_atomically(beside(out, "failed"), jsonl([mark | vars(failure) for mark, failure in failed]))
-    reasons = reason_counts(failure for _, failure in failed)
-    valid = asked - len(failed)
+    write_atomically(beside(out, "failed"), jsonl(failed))
+    reasons, valid = reason_counts(row["reason"] for row in failed), asked - len(failed)
     print(f"{valid} of {asked} answers valid ({valid / max(asked, 1):.1%}), {what} in {out}")
     if failed:
         print(f"invalid: {reasons}; listed in {beside(out, 'failed')}")
@@ -168,7 +153,8 @@ def write(out: Path, rows: Sequence[Row], failed: Sequence[tuple[Row, Failure]],
 def main() -> int:
     """Run a command: personas or gold; see `common.errors.command` for the exit status."""
     commands: dict[str, Callable[..., None]] = {"personas": personas, "gold": gold}
-    return command(lambda: tyro.extras.subcommand_cli_from_dict(commands, description=__doc__), kept=KEPT)
+    run = partial(tyro.extras.subcommand_cli_from_dict, commands, prog="python -m experts", description=__doc__)
+    return command(run, kept=KEPT)
 
 
 if __name__ == "__main__":

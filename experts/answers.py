@@ -1,5 +1,6 @@
 """The cold start from an expert's answers (Table 5, D17)."""
 
+from functools import partial
 from pathlib import Path
 
 import data
@@ -14,7 +15,7 @@ def taught_ids(task: Task, sample: Sample, reply: Reply | Unanswered) -> tuple[i
     """An expert's answer as tokens of the policy with its stop token, if what they say keeps the rule."""
     if isinstance(reply, Unanswered):
         return Failure("unanswered", reply.why)
-    prefix = task.encode(sample)[1]
+    _, prefix = task.encode(sample)
     # Where the policy's template opens the think block, the answer begins inside of it.
     text = THINK.sub("", reply.text, count=1) if prefix and THINK.match(reply.text) else reply.text
     ids = task.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -22,10 +23,10 @@ def taught_ids(task: Task, sample: Sample, reply: Reply | Unanswered) -> tuple[i
         return Failure("too_long", f"{len(ids)} tokens and the stop token")
     if (task.eos | set(task.tokenizer.all_special_ids)) & set(ids):
         return Failure("control", "a control token inside")
-    answer = (*ids, task.stop)
-    said = data.answer_text(task.tokenizer, answer, task.eos, prefix)
+    taught = (*ids, task.stop)
+    said = data.answer_text(task.tokenizer, taught, task.eos, prefix)
     parse = data.parse_output(said, sample.labels, finished=reply.finished)
-    return parse if isinstance(parse, Failure) else answer
+    return parse if isinstance(parse, Failure) else taught
 
 
 def cold_start_answers(task: Task) -> list[tuple[Sample, tuple[int, ...]]]:
@@ -37,11 +38,10 @@ def cold_start_answers(task: Task) -> list[tuple[Sample, tuple[int, ...]]]:
     experts, settings = open_experts(cfg.expert, cfg.expert_model), Settings(cfg.temperature, cfg.max_new_tokens, cfg.seed)
     path, samples = Path(cfg.out) / "expert.jsonl", task.originals
     with open_cache(path) as cache:
-        chat = lambda i, control: data.messages(samples[i], task.prompts, control)  # noqa: E731
-        replies = ask_drawn(experts, [sample.id for sample in samples], chat, settings, cache)
-    read = [(sample, taught_ids(task, sample, reply)) for sample, reply in zip(samples, replies, strict=True)]
+        replies = ask_drawn(experts, {x.id: partial(data.messages, x, task.prompts) for x in samples}, settings, cache)
+    read = [(sample, taught_ids(task, sample, replies[sample.id])) for sample in samples]
     kept = [(sample, ids) for sample, ids in read if not isinstance(ids, Failure)]
-    reasons = reason_counts([ids for _, ids in read if isinstance(ids, Failure)])
+    reasons = reason_counts(ids.reason for _, ids in read if isinstance(ids, Failure))
     dropped = f"; dropped: {reasons}" * bool(reasons)
     print(f"expert: {len(kept)} of {len(samples)} answers keep the rule{dropped}", flush=True)
     if not kept:

@@ -6,14 +6,15 @@ An answer is written down the moment it is there, so a stopped job goes on where
 import asyncio
 import fcntl
 import hashlib
+import importlib.util
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from tqdm import tqdm
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     import openai
 
 Chat = list[dict[str, str]]
+Encoded = tuple[list[int], str]  # a prompt's ids, and what the template has begun of the answer
+KEPT = "what was answered is kept, the same command goes on"
+THINK = re.compile(r"\s*<think>\s*")
 GIVE_UP = 8  # requests in a row without an answer, after which the endpoint is taken to be down
 STOP = {401: "check the key", 402: "the account is empty", 403: "check the key", 404: "check the URL and the model's name"}
 MAX_BODY = 2**25  # bytes of a response that are read
@@ -43,8 +47,11 @@ class Settings:
     """How an expert is asked. The first three decide what it says, and with model and prompt they are the cache's key."""
 
     temperature: float = 1.0
+    """0 is greedy."""
     max_new_tokens: int = 2048
+    """Longest answer, in tokens."""
     seed: int = 0
+    """Of the shuffle of the prompts and of a local expert; another seed asks anew."""
     concurrency: int = 8
     """Requests under way at once."""
     retries: int = 8
@@ -72,56 +79,36 @@ class Unanswered:
 Keep = Callable[[int, Reply | Unanswered], None]
 
 
-class Expert(Protocol):
-    """Somebody to ask."""
-
-    @property
-    def name(self) -> str:
-        """Tells experts apart."""
-
-    @property
-    def identity(self) -> str:
-        """The model's part of the cache's key."""
-
-    @property
-    def control(self) -> Sequence[str]:
-        """Texts that must not come through from a dialogue: its control tokens."""
-
-    @property
-    def price(self) -> tuple[float, float]:
-        """Of a million tokens: prompt, answer."""
-
-    def answer(self, chats: Sequence[Chat], settings: Settings, keep: Keep) -> None:
-        """Hand the answer to chat number i to `keep` as soon as it is there."""
-
-
 # Endpoints
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A model behind POST {url}/chat/completions."""
+    """A model behind POST {url}/chat/completions.
+
+    `name` is the model's, by which a request asks for it; `price` is that of a million tokens: prompt, answer.
+    """
 
     name: str
     url: str
     price: tuple[float, float] = (0.0, 0.0)
-    key: str = ""  # local servers want none
-    control: Sequence[str] = ()
-
-    def __repr__(self) -> str:
-        return f"Endpoint({self.name!r}, {self.url!r})"  # the key stays out of every message
+    key: str = field(default="", repr=False)  # out of every message; local servers want none
+    control: Sequence[str] = ()  # nobody knows the control tokens behind an endpoint
 
     @property
     def identity(self) -> str:
-        """The model's name: a server may move."""
+        """The model's part of the cache's key: its name, because a server may move."""
         return self.name
 
     def answer(self, chats: Sequence[Chat], settings: Settings, keep: Keep) -> None:
-        """Ask for all, `settings.concurrency` at once. Raises `UserError` where going on makes no sense."""
+        """Hand the answer to chat number i to `keep` as soon as it is there, `settings.concurrency` asked at once.
+
+        Raises `UserError` where going on makes no sense.
+        """
         asyncio.run(self.answer_all(chats, settings, keep))
 
     async def answer_all(self, chats: Sequence[Chat], settings: Settings, keep: Keep) -> None:
-        """See `answer`."""
+        """What `answer` does, inside an event loop."""
         gate, failed = asyncio.Semaphore(settings.concurrency), 0
 
         async def one(client: "openai.AsyncOpenAI", i: int) -> None:
@@ -133,18 +120,15 @@ class Endpoint:
                 if isinstance(reply, Unanswered) and failed >= GIVE_UP:
                     raise UserError(f"{self.url} failed {failed} times in a row ({reply.why}): try again later; {KEPT}")
 
-        async with connect(self.url, self.key, settings) as client:
-            tasks = [asyncio.create_task(one(client, i)) for i in range(len(chats))]
-            try:
-                for task in asyncio.as_completed(tasks):
-                    await task
-            finally:
-                for left in tasks:
-                    left.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
+        try:
+            async with connect(self.url, self.key, settings) as client, asyncio.TaskGroup() as group:
+                for i in range(len(chats)):
+                    group.create_task(one(client, i))
+        except ExceptionGroup as several:  # the first error has stopped the other requests
+            raise several.exceptions[0] from None
 
     async def request(self, client: "openai.AsyncOpenAI", chat: Chat, settings: Settings) -> Reply | Unanswered:
-        """One answer, retries included."""
+        """The answer to one chat, retries included."""
         import openai
 
         asked: Any = {"model": self.name, "messages": chat, "temperature": settings.temperature}
@@ -157,7 +141,7 @@ class Endpoint:
             if error.status_code in STOP:
                 raise UserError(f"{self.url}, model {self.name}: {why}; {STOP[error.status_code]}; {KEPT}") from None
             return Unanswered(why)
-        except (openai.OpenAIError, TimeoutError, TooLarge) as error:
+        except (openai.OpenAIError, OSError) as error:  # the latter: no end in time, or in size
             return Unanswered(self.brief(f"{str(error) or 'no whole answer in time'} {error.__cause__ or ''}"))
 
     def brief(self, text: str) -> str:
@@ -165,28 +149,21 @@ class Endpoint:
         return clean(text.replace(self.key, "***") if self.key else text)[:200]
 
 
-KEPT = "what was answered is kept, the same command goes on"
-
-
-class TooLarge(Exception):
-    """A response that does not end."""
-
-
 def connect(url: str, key: str, settings: Settings) -> "openai.AsyncOpenAI":
     """A client of the library, which times out and retries, with a limit on how much it reads."""
     import httpx2  # comes with openai
     import openai
 
+    @dataclass
     class Limited(httpx2.AsyncByteStream):
-        def __init__(self, stream: httpx2.AsyncByteStream) -> None:
-            self.stream = stream
+        stream: httpx2.AsyncByteStream
 
         async def __aiter__(self) -> Any:
             size = 0
             async for part in self.stream:
                 size += len(part)
                 if size > MAX_BODY:
-                    raise TooLarge(f"more than {MAX_BODY} bytes")
+                    raise OSError(f"more than {MAX_BODY} bytes")
                 yield part
 
         async def aclose(self) -> None:
@@ -199,15 +176,6 @@ def connect(url: str, key: str, settings: Settings) -> "openai.AsyncOpenAI":
     return openai.AsyncOpenAI(
         api_key=key or "none", base_url=url, timeout=settings.timeout, max_retries=settings.retries, http_client=http
     )
-
-
-def library() -> Any:
-    """The openai package. Raises `UserError` where it is missing: nothing but an endpoint needs it."""
-    try:
-        import openai
-    except ImportError:
-        raise UserError("an endpoint needs the openai package: pip install -r requirements-extra.txt") from None
-    return openai
 
 
 def read_completion(body: str) -> Reply | Unanswered:
@@ -226,15 +194,12 @@ def read_completion(body: str) -> Reply | Unanswered:
         return Unanswered(f"no chat completion: {clean(body[:60])!r}")
 
 
-THINK = re.compile(r"\s*<think>\s*")
-
-
 # Local folders
 
 
 @dataclass(frozen=True)
 class Local:
-    """A Hugging Face folder (or hub name), run by our own `rollout.generate`."""
+    """A Hugging Face folder (or hub name), run by our own `rollout.generate`. `price` as of an `Endpoint`."""
 
     name: str
     folder: str
@@ -243,7 +208,10 @@ class Local:
 
     @property
     def identity(self) -> str:
-        """The folder's name with sizes and times of its weights: what was trained again is another model."""
+        """The model's part of the cache's key: the folder's name with sizes and times of its weights.
+
+        What was trained again is another model.
+        """
         found = sorted(Path(self.folder).glob("*.safetensors"))
         return " ".join([self.name, *(f"{x.name}:{x.stat().st_size}:{x.stat().st_mtime_ns}" for x in found)])
 
@@ -253,17 +221,20 @@ class Local:
         return data.control_tokens(self.tokenizer)
 
     def answer(self, chats: Sequence[Chat], settings: Settings, keep: Keep) -> None:
-        """Answer all, `CHUNK` at a time. Raises `UserError` where the model cannot be opened or computes NaN."""
-        answer = open_local(self.folder, self.tokenizer)
+        """Hand the answer to chat number i to `keep`, `CHUNK` answers at a time.
+
+        Raises `UserError` where the model cannot be opened or computes NaN.
+        """
+        replies_to = open_local(self.folder, self.tokenizer)
         for first in range(0, len(chats), CHUNK):
             part = chats[first : first + CHUNK]
             encoded = [data.render(self.tokenizer, chat) for chat in part]
-            replies = answer(encoded, [cache_key(self, chat, settings) for chat in part], settings)
-            for i, reply in enumerate(replies):
-                keep(first + i, reply)
+            replies = replies_to(encoded, [cache_key(self, chat, settings) for chat in part], settings)
+            for i, reply in enumerate(replies, first):
+                keep(i, reply)
 
 
-Encoded = tuple[list[int], str]  # a prompt's ids, and what the template has begun of the answer
+Expert = Endpoint | Local
 
 
 def open_local(
@@ -274,11 +245,10 @@ def open_local(
     `kv_budget`: bytes for keys and values, default half of the device's memory. Raises `UserError` where the model cannot
     be opened; the function raises it where the model computes NaN.
     """
-
     quiet_transformers()
     policy, stops = Policy.load_here(folder), eos_ids(folder, tokenizer)
 
-    def answer(encoded: Sequence[Encoded], names: Sequence[str], settings: Settings) -> list[Reply]:
+    def replies_to(encoded: Sequence[Encoded], names: Sequence[str], settings: Settings) -> list[Reply]:
         try:
             groups = generate(
                 policy,
@@ -299,7 +269,15 @@ def open_local(
             replies.append(Reply(text[: MAX_BYTES + 1], said.finished, (len(ids), len(said.ids))))
         return replies
 
-    return answer
+    return replies_to
+
+
+# Which experts
+
+
+def is_url(place: str) -> bool:
+    """Whether a place is an endpoint; every other one is a Hugging Face folder."""
+    return re.match(r"https?://", place) is not None
 
 
 def open_experts(
@@ -309,11 +287,11 @@ def open_experts(
     *,
     flags: tuple[str, str] = ("--expert", "--expert_model"),
 ) -> list[Expert]:
-    """The experts of two flags, for places and for names (one an endpoint, in order), and of --price.
+    """The experts of two flags, for places and for names (one per endpoint, in order), and of --price.
 
     The n-th expert's key is the environment variable OPENAI_API_KEY_n, else OPENAI_API_KEY. Raises `UserError`.
     """
-    urls = [place for place in places if re.match(r"https?://", place)]
+    urls = list(filter(is_url, places))
     if not places or len(urls) != len(models):
         raise UserError(f"{len(places)} {flags[0]}, {len(urls)} of them URLs, and {len(models)} {flags[1]}: one a URL")
     if prices and len(prices) != len(places):
@@ -321,23 +299,28 @@ def open_experts(
     named, found = iter(models), list[Expert]()
     for n, place in enumerate(places, 1):
         price = read_price(prices[n - 1]) if prices else (0.0, 0.0)
-        if place in urls:
-            parts = urlsplit(place)
-            if not parts.hostname or "@" in parts.netloc or parts.query:
-                raise UserError(f"{flags[0]} URL is scheme, host and path alone; a key comes from OPENAI_API_KEY")
-            library()
+        if is_url(place):
+            check_url(place, flags[0])
             key = os.environ.get(f"OPENAI_API_KEY_{n}") or os.environ.get("OPENAI_API_KEY", "")
             found.append(Endpoint(next(named), place, price, key))
         else:
-
             found.append(Local(Path(place).resolve().name, place, load_tokenizer(place), price))
     if len({expert.name for expert in found}) < len(found):
         raise UserError(f"two experts are called the same ({', '.join(x.name for x in found)}): their answers would mix")
     return found
 
 
+def check_url(place: str, flag: str) -> None:
+    """Raise `UserError` for a URL with more than scheme, host and path, and where the package that asks it is missing."""
+    parts = urlsplit(place)
+    if not parts.hostname or "@" in parts.netloc or parts.query:
+        raise UserError(f"{flag} URL is scheme, host and path alone; a key comes from OPENAI_API_KEY")
+    if importlib.util.find_spec("openai") is None:  # nothing but an endpoint needs it
+        raise UserError("an endpoint needs the openai package: pip install -r requirements-extra.txt")
+
+
 def read_price(text: str) -> tuple[float, float]:
-    """PROMPT,ANSWER of --price."""
+    """The two prices of PROMPT,ANSWER, as --price has them."""
     prices = [float(x) for x in text.split(",") if re.fullmatch(r"\d+(\.\d+)?", x)]
     if len(prices) != 2 or text.count(",") != 1:
         raise UserError(f"--price {text}: give PROMPT,ANSWER a million tokens, such as 0.27,1.1")
@@ -345,6 +328,11 @@ def read_price(text: str) -> tuple[float, float]:
 
 
 # The cache
+
+
+def beside(out: Path, ending: str) -> Path:
+    """The file that stands beside the file --out under the same name with one more ending."""
+    return out.with_name(f"{out.name}.{ending}")
 
 
 def cache_key(expert: Expert, chat: Chat, settings: Settings) -> str:
@@ -361,7 +349,7 @@ class Cache:
     known: dict[str, Reply]
 
     def add(self, key: str, expert: str, reply: Reply) -> None:
-        """Write one line at once."""
+        """Write an answer down at once, as one line."""
         row = {"key": key, "expert": expert, "text": reply.text, "finished": reply.finished, "tokens": reply.tokens}
         self.file.write(json.dumps(row).encode() + b"\n")
         self.file.flush()
@@ -388,7 +376,7 @@ def open_cache(path: Path) -> Iterator[Cache]:
 
 
 def cached(path: Path, number: int, line: bytes) -> tuple[str, Reply]:
-    """Key and answer of a line of the cache."""
+    """The key and the answer that a line of the cache holds."""
     try:
         row = json.loads(line)
         asked, said = row["tokens"]
@@ -405,23 +393,22 @@ def ask(expert: Expert, chats: Sequence[Chat], settings: Settings, cache: Cache)
     keys = [cache_key(expert, chat, settings) for chat in chats]
     missing = {key: chat for key, chat in zip(keys, chats, strict=True) if key not in cache.known}
     order, failed, started = list(missing), dict[str, Unanswered](), set(cache.known)
-    with tqdm(total=len(missing), desc=expert.name, unit="answer", disable=None) as bar:
 
-        def keep(i: int, reply: Reply | Unanswered) -> None:
-            if isinstance(reply, Unanswered):
-                failed[order[i]] = reply
-            else:
-                cache.add(order[i], expert.name, reply)
-            bar.update()
+    def keep(i: int, reply: Reply | Unanswered) -> None:
+        if isinstance(reply, Unanswered):
+            failed[order[i]] = reply
+        else:
+            cache.add(order[i], expert.name, reply)
+        bar.update()
 
-        try:
+    try:
+        with tqdm(total=len(missing), desc=expert.name, unit="answer", disable=None) as bar:
             if missing:
                 expert.answer(list(missing.values()), settings, keep)
-        finally:
-            bar.close()
-            replies = {key: cache.known[key] for key in keys if key in cache.known}
-            new = [reply for key, reply in replies.items() if key not in started]
-            print(cost_line(expert, list(replies.values()), new, len(failed)), flush=True)
+    finally:
+        replies = {key: cache.known[key] for key in keys if key in cache.known}
+        new = [reply for key, reply in replies.items() if key not in started]
+        print(cost_line(expert, list(replies.values()), new, len(failed)), flush=True)
     return [replies.get(key) or failed[key] for key in keys]
 
 
@@ -440,15 +427,14 @@ def cost_line(expert: Expert, replies: Sequence[Reply], new: Sequence[Reply], fa
 
 
 def ask_drawn(
-    experts: Sequence[Expert],
-    ids: Sequence[str],
-    chat: Callable[[int, Sequence[str]], Chat],
-    settings: Settings,
-    cache: Cache,
-) -> list[Reply | Unanswered]:
-    """One answer an id; of several experts each id draws one by its hash (D28). `chat(i, control)` makes the prompt."""
-    found: dict[int, Reply | Unanswered] = {}
+    experts: Sequence[Expert], chats: Mapping[str, Callable[[Sequence[str]], Chat]], settings: Settings, cache: Cache
+) -> dict[str, Reply | Unanswered]:
+    """One answer per id; of several experts each id draws one by its hash (D28).
+
+    `chats`: how the prompt of each id is made, from the expert's control tokens.
+    """
+    found: dict[str, Reply | Unanswered] = {}
     for n, expert in enumerate(experts):
-        mine = [i for i, name in enumerate(ids) if stable_hash(name) % len(experts) == n]
-        found |= zip(mine, ask(expert, [chat(i, expert.control) for i in mine], settings, cache), strict=True)
-    return [found[i] for i in range(len(ids))]
+        mine = [name for name in chats if stable_hash(name) % len(experts) == n]
+        found |= zip(mine, ask(expert, [chats[name](expert.control) for name in mine], settings, cache), strict=True)
+    return found

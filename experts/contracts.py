@@ -3,9 +3,9 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import data
 from common.scanner import SIGN, Broken, Scanner
@@ -14,8 +14,50 @@ from corpora.dialogue import Turn, is_group
 from data import MAX_BYTES, Failure, Sample
 from experts.asking import Chat, Reply, Unanswered
 
-Row = dict[str, Any]
+Read = TypeVar("Read")
 LONGEST = 500  # characters of a persona sentence: it stands in every prompt of its speaker
+
+
+# How every answer is read
+
+
+def whole_text(reply: Reply | Unanswered) -> str | Failure:
+    """The text of an answer that ended by itself."""
+    if isinstance(reply, Unanswered):
+        return Failure("unanswered", reply.why)
+    return reply.text if reply.finished else Failure("unfinished", "cut off before the end of the answer")
+
+
+def last_block(reply: Reply | Unanswered) -> str | Failure:
+    """The inside of the code block that ends an answer."""
+    text = whole_text(reply)
+    if isinstance(text, Failure):
+        return text
+    if len(text.encode(errors="surrogatepass")) > MAX_BYTES:
+        return Failure("too_long", f"more than {MAX_BYTES} bytes")
+    body, fence, rest = text.rstrip().rpartition("```")
+    _, opening, block = body.rpartition("```")
+    tag, _, inside = block.partition("\n")
+    if rest or not fence or not opening or tag.strip().lower() not in ("", "python", "json"):
+        return Failure("block", "no code block at the end")
+    return inside
+
+
+def read_alone(text: str | Failure, read: Callable[[Scanner], Read]) -> Read | Failure:
+    """What `read` finds in a text that holds it and nothing else. Never raises, never evaluates; a failure stays one."""
+    if isinstance(text, Failure):
+        return text
+    scanner = Scanner(text, 0)
+    try:
+        found = read(scanner)
+    except Broken as broken:
+        return Failure(*broken.args)
+    return Failure("trailing", "text after the dictionary") if SIGN.match(text, scanner.position) else found
+
+
+def reason_counts(reasons: Iterable[str]) -> str:
+    """Why answers were dropped, the most frequent reason first."""
+    return ", ".join(f"{reason} {n}" for reason, n in Counter(reasons).most_common())
 
 
 # Personas: the contract of Table 4 in our words (D16)
@@ -61,20 +103,14 @@ class Portrait:
     theme: str
 
 
-def last_block(reply: Reply | Unanswered) -> str | Failure:
-    """The inside of the code block that ends an answer."""
-    if isinstance(reply, Unanswered):
-        return Failure("unanswered", reply.why)
-    if not reply.finished:
-        return Failure("unfinished", "cut off before the end of the answer")
-    if len(reply.text.encode(errors="surrogatepass")) > MAX_BYTES:
-        return Failure("too_long", f"more than {MAX_BYTES} bytes")
-    body, fence, rest = reply.text.rstrip().rpartition("```")
-    _, opening, block = body.rpartition("```")
-    tag, _, inside = block.partition("\n")
-    if rest or not fence or not opening or tag.strip().lower() not in ("", "python", "json"):
-        return Failure("block", "no code block at the end")
-    return inside
+def read_strings(scanner: Scanner) -> dict[str, str]:
+    """The next dictionary of strings. Raises Broken for another one."""
+    found: dict[str, str] = {}
+    for key in scanner.entries():
+        if key in found:
+            raise Broken("duplicate", f"{key[:40]!r} a second time")
+        found[key] = scanner.string()
+    return found
 
 
 def parse_personas(reply: Reply | Unanswered, names: Sequence[str]) -> Portrait | Failure:
@@ -82,8 +118,7 @@ def parse_personas(reply: Reply | Unanswered, names: Sequence[str]) -> Portrait 
 
     Reasons: unanswered unfinished too_long block, those of a dictionary (see `data.Failure`), names, sentence, theme.
     """
-    inside = last_block(reply)
-    found = inside if isinstance(inside, Failure) else parse_strings(inside)
+    found = read_alone(last_block(reply), read_strings)
     if isinstance(found, Failure):
         return found
     said = {key: clean(value) for key, value in found.items()}
@@ -121,39 +156,9 @@ def gold_chat(sample: Sample, control: Sequence[str] = ()) -> Chat:
 
 def parse_gold(reply: Reply | Unanswered, labels: Sequence[str], label: str) -> dict[str, float] | Failure:
     """Read an expert's weights: up to three known labels from 0.1 to 1, the dataset's own heaviest. Never raises."""
-    inside = last_block(reply)
-    found = inside if isinstance(inside, Failure) else parse_weights(inside, labels)
+    found = read_alone(last_block(reply), lambda scanner: data.read_emotions(scanner, "last_emotions", labels))
     if isinstance(found, Failure):
         return found
     if any(weight >= found.get(label, 0) for name, weight in found.items() if name != label):
         return Failure("own_label", f"{label!r} is not the heaviest")
     return found
-
-
-def reason_counts(failures: Iterable[Failure]) -> str:
-    """Why answers were dropped, the most frequent reason first."""
-    return ", ".join(f"{reason} {n}" for reason, n in Counter(x.reason for x in failures).most_common())
-
-
-def parse_strings(text: str) -> dict[str, str] | Failure:
-    """One dictionary of strings and nothing else. Never raises, never evaluates."""
-    found: dict[str, str] = {}
-    scanner = Scanner(text, 0)
-    try:
-        for key in scanner.entries():
-            if key in found:
-                raise Broken("duplicate", f"{key[:40]!r} a second time")
-            found[key] = scanner.string()
-        return found if not SIGN.match(text, scanner.position) else Failure("trailing", "text after the dictionary")
-    except Broken as broken:
-        return Failure(*broken.args)
-
-
-def parse_weights(text: str, labels: Sequence[str]) -> dict[str, float] | Failure:
-    """One dictionary as `last_emotions` and nothing else (D8). Never raises, never evaluates."""
-    scanner = Scanner(text, 0)
-    try:
-        found = data.read_emotions(scanner, "last_emotions", labels)
-        return found if not SIGN.match(text, scanner.position) else Failure("trailing", "text after the dictionary")
-    except Broken as broken:
-        return Failure(*broken.args)

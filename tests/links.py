@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = ("PAPER.md", "docs/curves.md")
 FILES = ("minimal", "grpo", "data", "selfemo", "rollout", "model", "evaluate")  # of the root, in reading order
 ROOMS = ("common", "corpora", "engine", "training", "experts", "analysis", "toy", "tools", "tests")
-CODE = re.compile(r"\w+(?:\.[A-Za-z_]\w*)+")
+CODE = re.compile(rf"((?:(?:{'|'.join(ROOMS)})\.)?\w+)\.([A-Za-z_][\w.]*)")
 TEST = re.compile(r"(tests/\w+\.py)::(\w+)")
 NAME = re.compile(r"\[?`([^`\n]+)`(?:\]\([^)\s]*\))?")
 EQUATION = re.compile(r"\[(Eq\. \(\d+\)(?:, (?:left|right))?(?: in minimal\.py)?)\]\([^)\s]*\)")
@@ -82,13 +82,14 @@ def counted(readme: str) -> str:
 
 def place(name: str) -> tuple[str, int] | None:
     """File and line of what a document calls `name`; None if it is no name of the code or of a test."""
-    candidates: list[tuple[str, str]] = []  # file, and what it should hold
     if match := TEST.fullmatch(name):
-        candidates = [(match[1], match[2])]
-    elif CODE.fullmatch(name):
-        parts = name.split(".")
-        candidates = [(f"{'/'.join(parts[:n])}.py", ".".join(parts[n:])) for n in (1, 2)]  # at the root, in a room
-    return next(((file, found(file)[wanted]) for file, wanted in candidates if wanted in found(file)), None)
+        file, wanted = match[1], match[2]
+    elif match := CODE.fullmatch(name):
+        file, wanted = f"{match[1].replace('.', '/')}.py", match[2]
+    else:
+        return None
+    line = found(file).get(wanted)
+    return None if line is None else (file, line)
 
 
 def linked(text: str, up: str) -> str:
@@ -126,7 +127,7 @@ def parts(line: str) -> list[str]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Say what is stale, or renew it. 1: something is stale."""
+    """Run the command line. 1: something is stale."""
     if argv not in ([], ["--write"]):
         raise UserError("usage: python -m tests.links [--write]")
     documents = ("README.md", *DOCUMENTS)

@@ -500,7 +500,7 @@ def test_nothing_to_score_or_to_score_on(monkeypatch, capsys, words):
         (("--data", "a=elsewhere"), "every name once"),
         (("--data", "b=/nowhere/at/all"), "/nowhere/at/all"),
         (("--out", "/nowhere/at/all/out.jsonl"), "/nowhere/at/all does not exist"),
-        (("--baseline", "/nowhere/answers.jsonl"), "does not hold answers"),
+        (("--baseline", "/nowhere/answers.jsonl"), "/nowhere/answers.jsonl is missing or empty"),
         (("--prompts", "/nowhere/prompts.json"), "/nowhere/prompts.json does not exist"),
         (("--model", "/nowhere/model"), "/nowhere/model"),
     ],

@@ -476,7 +476,7 @@ def test_the_persona_prompt_names_each_speaker_once_and_no_group_and_shows_every
     turns = [Turn(*spoken) for spoken in said_by]
     system, user = (m["content"] for m in contracts.persona_chat(turns, ["<|end|>"]))
     assert "Ann: Hi.\nAll: Hello!\nAnn: Bye.\n" in user and "<|end|>" not in user
-    shape = contracts.parse_strings(user.rpartition("```python")[2].rpartition("```")[0])
+    shape = contracts.read_alone(user.rpartition("```python")[2].rpartition("```")[0], contracts.read_strings)
     assert shape == {"Ann": "...", 'Bo "B"': "...", "Cy< |end|>": "...", "Theme": "..."}
     for asked_for in ("temperament", "age", "gender", "schooling", "manner of speaking", "mood"):
         assert asked_for in user
@@ -576,7 +576,7 @@ def test_settings_that_cannot_be(tmp_path, flag, value):
     status, _, complained = command("personas", *flags, flag, value)
     assert status == 2 and complained.count("\n") == 1 and "at least" in complained
     status, _, complained = command("gold", *flags[2:])
-    assert status == 2 and complained == "error: --data is missing: give NAME=DIR\n"
+    assert status == 2 and complained == "error: no data: give --data NAME=DIR, for example --data meld=data/meld\n"
 
 
 # Gold
@@ -739,8 +739,9 @@ def test_several_experts_share_the_samples_by_hash(tmp_path):
     with serving(lambda body, number: completion(body["model"])) as server, asking.open_cache(tmp_path / "c") as cache:
         two = [asking.Endpoint(name, server.url) for name in ("m", "n")]
         endpoint(server.url)
-        replies = asking.ask_drawn(two, ids, lambda i, control: chats(40)[i], FAST, cache)
-    drawn = [x.text for x in replies]
+        prompts = {x: lambda control, chat=chat: chat for x, chat in zip(ids, chats(40), strict=True)}
+        replies = asking.ask_drawn(two, prompts, FAST, cache)
+    drawn = [replies[x].text for x in ids]
     assert drawn == ["mn"[stable_hash(x) % 2] for x in ids]
     assert 10 < drawn.count("m") < 30 and len(server.seen) == 40
 

@@ -26,7 +26,7 @@ from toy.world import LABELS
 
 SPLITS = ("train", "dev", "test")
 SEEDS = (0, 1, 2)
-REPO = Path(toy_base.__file__).parent
+ROOT = Path(__file__).parent.parent
 
 
 def masked(text):
@@ -397,7 +397,7 @@ def test_baselines_command(folders, tmp_path):
     root.mkdir()
     (root / "world").symlink_to(folders[0])
     command = [sys.executable, "-m", "toy", "baselines", str(root)]
-    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert [line.split(" (")[0] + line.split(")")[1].split(":")[0] for line in lines] == [

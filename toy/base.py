@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 import data
+from common.files import jsonl
 from model import ATTENTION, Group, Policy, few_threads
 from toy.world import LABELS, surface_reader, target, thought, world
 
@@ -40,16 +41,10 @@ def lesson(sample: data.Sample, rng: random.Random) -> str:
 
 
 def slip(text: str, rng: random.Random) -> str:
-    """The same answer with one of four faults."""
+    """An answer with one of four faults."""
     start = text.index("{")
-    return rng.choice(
-        (
-            text.removesuffix("}"),
-            f"{text[:start]}```\n{text[start:]}\n```",
-            text.replace("</think>", "", 1),
-            f"{text}\nThat is all.",
-        )
-    )
+    cut, unclosed = text.removesuffix("}"), text.replace("</think>", "", 1)
+    return rng.choice((cut, f"{text[:start]}```\n{text[start:]}\n```", unclosed, f"{text}\nThat is all."))
 
 
 # Tokenizer and model
@@ -68,9 +63,7 @@ def make_tokenizer(prompts: Sequence[str], answers: Sequence[str]) -> PreTrained
     fixed = sorted(set.intersection(*(set(prompt.splitlines()) for prompt in prompts)) - {""})
     chunks = pre_tokenizers.Split(Regex(r"[A-Za-z_][A-Za-z_ ]*|[0-9.]+|[^A-Za-z0-9]+"), behavior="isolated")
     core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.Sequence(
-        [chunks, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
+    core.pre_tokenizer = pre_tokenizers.Sequence([chunks, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY - len(fixed),
@@ -88,7 +81,6 @@ def make_tokenizer(prompts: Sequence[str], answers: Sequence[str]) -> PreTrained
 
 def new_policy(tokenizer: PreTrainedTokenizerFast) -> Policy:
     """An untrained Qwen3 of half a million parameters."""
-    end = tokenizer.eos_token_id
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -102,8 +94,8 @@ def new_policy(tokenizer: PreTrainedTokenizerFast) -> Policy:
         initializer_range=0.09,
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=end,
-        pad_token_id=end,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
         attn_implementation=ATTENTION,  # type: ignore[call-arg]
     )
     return Policy(Qwen3ForCausalLM(config))
@@ -129,7 +121,7 @@ def learn(policy: Policy, optimizer: torch.optim.Optimizer, groups: Sequence[Gro
 
 
 def lessons(samples: Sequence[data.Sample], tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> Iterator[Group]:
-    """Groups to learn, without end."""
+    """The base model's lessons in groups, without end: some answers to each sample's prompt."""
     prompts = {sample.id: data.encode(tokenizer, sample, data.DEFAULT)[0] for sample in samples}
     while True:
         for sample in rng.sample(samples, len(samples)):
@@ -137,14 +129,14 @@ def lessons(samples: Sequence[data.Sample], tokenizer: PreTrainedTokenizerFast, 
             yield Group(prompts[sample.id], [tokenizer.encode(text) for text in texts])
 
 
-# Building
+# What `python -m toy build` writes
 
 
 def write_world(folder: Path, seed: int) -> None:
     """The dialogues of every split and the labels as a folder of JSON lines."""
     folder.mkdir(parents=True)
     for split, rows in world(seed).items():
-        (folder / f"{split}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+        (folder / f"{split}.jsonl").write_text(jsonl(rows), encoding="utf-8")
     (folder / "labels.json").write_text(json.dumps(LABELS) + "\n", encoding="utf-8")
 
 
@@ -164,12 +156,7 @@ def untaught(folder: Path) -> None:
     """Write a model of the toy world's size after one lesson: for work where only speed matters."""
     aside = folder.parent / "world"
     write_world(aside, 0)
-    write_base(folder, read_split(aside, "train"), 0, steps=1)
-
-
-def read_split(folder: Path, split: str) -> list[data.Sample]:
-    """The samples of a split of the toy world in a folder."""
-    return data.read_samples("toy", folder, split)
+    write_base(folder, data.read_samples("toy", aside, "train"), 0, steps=1)
 
 
 def build(root: Path = Path("data/toy"), *, seed: int = 0) -> None:
@@ -181,7 +168,7 @@ def build(root: Path = Path("data/toy"), *, seed: int = 0) -> None:
     aside = root / f".building-{os.getpid()}"
     try:
         write_world(aside / "world", seed)
-        write_base(aside / "base", read_split(aside / "world", "train"), seed)
+        write_base(aside / "base", data.read_samples("toy", aside / "world", "train"), seed)
         for name in ("world", "base"):
             shutil.rmtree(root / name, ignore_errors=True)
             os.replace(aside / name, root / name)

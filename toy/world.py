@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import data
 from corpora import dialogue
+from corpora.dialogue import Turn
 
 LABELS = dialogue.LABELS["meld"]
 SIZES = {"train": 320, "dev": 120, "test": 120}  # dialogues; about 3.9 samples each
@@ -37,79 +38,39 @@ PERSONAS = (
     Persona("a gentle soul who feels with everybody", "Listen, dear,", "Come here, you.", True, "sadness", LABELS),
     Persona("a joker who laughs most things away", "Get this,", "Ha, what a tale!", True, "joy", ("surprise",)),
     Persona("a hothead who takes things personally", "Hear this,", "Now you say it!", True, "anger", ("joy", "neutral")),
-    Persona(
-        "a worrier who whispers and expects the worst", "Not so loud,", "Oh dear.", False, "fear", ("neutral", "sadness")
-    ),
+    Persona("a worrier who whispers and expects the worst", "Not so loud,", "Oh dear.", False, "fear",
+            ("neutral", "sadness")),
     Persona("a calm clerk who keeps feelings private", "For the record,", "I see.", False, "neutral", ()),
     Persona("a fussy critic with a delicate nose", "As I feared,", "How typical.", False, "disgust", ("joy", "neutral")),
-)
+)  # fmt: skip
 NAMES = ("Mira", "Oskar", "Lena", "Tobias", "Ines", "Pavel", "Greta", "Hugo", "Selma", "Ruben", "Noor", "Felix")
 CHARACTERS: Mapping[str, Persona] = {name: PERSONAS[i % len(PERSONAS)] for i, name in enumerate(NAMES)}
 TIES: Mapping[str, tuple[str, ...]] = {
-    "fond": (
-        "We both owe {x} so much.",
-        "You and I grew up with {x}.",
-        "{x} has always stood by us.",
-        "I miss our evenings with {x}.",
-    ),
-    "sore": (
-        "{x} still owes us an apology.",
-        "{x} told lies about us both.",
-        "We are done with {x}.",
-        "{x} never paid us back.",
-    ),
-}
+    "fond": ("We both owe {x} so much.", "You and I grew up with {x}.", "{x} has always stood by us.",
+             "I miss our evenings with {x}."),
+    "sore": ("{x} still owes us an apology.", "{x} told lies about us both.", "We are done with {x}.",
+             "{x} never paid us back."),
+}  # fmt: skip
 EVENTS: Mapping[str, tuple[str, ...]] = {
-    "good": (
-        "{x} won the harbour race.",
-        "{x} got the big promotion.",
-        "{x} sold a first painting.",
-        "{x} passed the pilot exam.",
-    ),
-    "bad": (
-        "{x} was fired this morning.",
-        "{x} lost the court case.",
-        "{x} broke an arm.",
-        "{x} crashed the new van.",
-    ),
-    "threat": (
-        "{x} is out on thin ice.",
-        "{x} is lost in the snow.",
-        "{x} sailed into the storm.",
-    ),
-    "gross": (
-        "{x} found a rat in the soup.",
-        "{x} served mouldy bread.",
-        "{x} ate a raw snail.",
-    ),
-    "odd": (
-        "{x} wears a crown to work.",
-        "{x} painted the cow blue.",
-        "{x} adopted nine parrots.",
-    ),
-    "routine": (
-        "{x} went to the post office.",
-        "{x} is parking the car.",
-        "{x} moved lunch to noon.",
-    ),
-}
+    "good": ("{x} won the harbour race.", "{x} got the big promotion.", "{x} sold a first painting.",
+             "{x} passed the pilot exam."),
+    "bad": ("{x} was fired this morning.", "{x} lost the court case.", "{x} broke an arm.", "{x} crashed the new van."),
+    "threat": ("{x} is out on thin ice.", "{x} is lost in the snow.", "{x} sailed into the storm."),
+    "gross": ("{x} found a rat in the soup.", "{x} served mouldy bread.", "{x} ate a raw snail."),
+    "odd": ("{x} wears a crown to work.", "{x} painted the cow blue.", "{x} adopted nine parrots."),
+    "routine": ("{x} went to the post office.", "{x} is parking the car.", "{x} moved lunch to noon."),
+}  # fmt: skip
 ODDS = {"good": 25, "bad": 25, "threat": 16, "gross": 10, "odd": 12, "routine": 12}
 UNDONE = {"good": "bad", "bad": "good", "threat": "good"}  # what news becomes when it is taken back
 TWISTS = ("no, they took it back.", "wait, it was all undone.", "sorry, it was just a rumour.")
 FEELINGS: Mapping[tuple[str, str], tuple[str, str]] = {  # (news, tie) -> first and second emotion
-    ("good", "fond"): ("joy", "surprise"),
-    ("bad", "fond"): ("sadness", "anger"),
-    ("threat", "fond"): ("fear", "sadness"),
-    ("gross", "fond"): ("disgust", "surprise"),
-    ("odd", "fond"): ("surprise", "joy"),
-    ("routine", "fond"): ("neutral", "joy"),
-    ("good", "sore"): ("anger", "sadness"),
-    ("bad", "sore"): ("joy", "surprise"),
-    ("threat", "sore"): ("neutral", "fear"),
-    ("gross", "sore"): ("disgust", "joy"),
-    ("odd", "sore"): ("surprise", "anger"),
-    ("routine", "sore"): ("neutral", "anger"),
-}
+    ("good", "fond"): ("joy", "surprise"), ("good", "sore"): ("anger", "sadness"),
+    ("bad", "fond"): ("sadness", "anger"), ("bad", "sore"): ("joy", "surprise"),
+    ("threat", "fond"): ("fear", "sadness"), ("threat", "sore"): ("neutral", "fear"),
+    ("gross", "fond"): ("disgust", "surprise"), ("gross", "sore"): ("disgust", "joy"),
+    ("odd", "fond"): ("surprise", "joy"), ("odd", "sore"): ("surprise", "anger"),
+    ("routine", "fond"): ("neutral", "joy"), ("routine", "sore"): ("neutral", "anger"),
+}  # fmt: skip
 CRIES = ("Oh my god.", "No way.", "Well, well.", "Are you sure?", "What a day.", "Look at that.")
 PLAIN: Mapping[str, tuple[str, ...]] = {  # words that name their emotion
     "neutral": ("Fine, noted.", "All the same to me."),
@@ -134,43 +95,37 @@ def answer(persona: Persona, heard: Mapping[str, float]) -> dict[str, float]:
     return {first if first in persona.shares else persona.own: 1.0}
 
 
-Line = dict[str, object]  # a turn of the JSONL format: speaker, text, label
-
-
-def _dialogue(rng: random.Random) -> list[Line]:
+def _dialogue(rng: random.Random) -> list[Turn]:
     host, guest, absent = rng.sample(NAMES, 3)
     tie = rng.choice(tuple(TIES))
     news = rng.choices(tuple(ODDS), tuple(ODDS.values()))[0]
-    turns: list[Line] = [{"speaker": host, "text": rng.choice(TIES[tie]).format(x=absent), "label": None}]
+    turns = [Turn(host, rng.choice(TIES[tie]).format(x=absent))]
     turns.append(_tell(guest, rng.choice(EVENTS[news]).format(x=absent), news, tie))
     turns.append(_react(rng, host, news, tie))
     if news in UNDONE and rng.random() < 0.65:
         news = UNDONE[news]
         turns.append(_tell(guest, rng.choice(TWISTS), news, tie))
         turns.append(_react(rng, host, news, tie))
-    turns.append(_reply(rng, guest, turns[-1]["label"]))  # type: ignore[arg-type]
+    turns.append(_reply(rng, guest, turns[-1].label or {}))
     return turns
 
 
-def _tell(speaker: str, text: str, news: str, tie: str) -> Line:
+def _tell(speaker: str, text: str, news: str, tie: str) -> Turn:
     persona = CHARACTERS[speaker]
-    label = feel(news, tie, clear=False) if persona.shows else {"neutral": 1.0}
-    return {"speaker": speaker, "text": f"{persona.opener} {text}", "label": label}
+    return Turn(speaker, f"{persona.opener} {text}", feel(news, tie, clear=False) if persona.shows else {"neutral": 1.0})
 
 
-def _react(rng: random.Random, speaker: str, news: str, tie: str) -> Line:
+def _react(rng: random.Random, speaker: str, news: str, tie: str) -> Turn:
     clear = CHARACTERS[speaker].shows and rng.random() < 0.6
-    label = feel(news, tie, clear=clear)
-    return {"speaker": speaker, "text": rng.choice(PLAIN[next(iter(label))] if clear else CRIES), "label": label}
+    felt = feel(news, tie, clear=clear)
+    return Turn(speaker, rng.choice(PLAIN[next(iter(felt))] if clear else CRIES), felt)
 
 
-def _reply(rng: random.Random, speaker: str, heard: Mapping[str, float]) -> Line:
+def _reply(rng: random.Random, speaker: str, heard: Mapping[str, float]) -> Turn:
     persona = CHARACTERS[speaker]
-    label = answer(persona, heard)
-    words = [persona.answer]
-    if rng.random() < 0.5:
-        words.append(rng.choice(PLAIN[next(iter(label))]))
-    return {"speaker": speaker, "text": " ".join(words), "label": label}
+    felt = answer(persona, heard)
+    more = f" {rng.choice(PLAIN[next(iter(felt))])}" if rng.random() < 0.5 else ""
+    return Turn(speaker, persona.answer + more, felt)
 
 
 def mask(text: str) -> str:
@@ -184,9 +139,9 @@ def world(seed: int) -> dict[str, list[dict[str, object]]]:
     rows: dict[str, dict[str, object]] = {}
     while len(rows) < sum(SIZES.values()):
         turns = _dialogue(rng)
-        sheets = {str(t["speaker"]): CHARACTERS[str(t["speaker"])].sheet for t in turns}
-        opening = mask(f"{turns[0]['text']} {turns[1]['text']}")
-        rows.setdefault(opening, {"turns": turns, "personas": sheets})
+        lines = [{"speaker": turn.speaker, "text": turn.text, "label": turn.label} for turn in turns]
+        sheets = {turn.speaker: CHARACTERS[turn.speaker].sheet for turn in turns}
+        rows.setdefault(mask(f"{turns[0].text} {turns[1].text}"), {"turns": lines, "personas": sheets})
     queue = iter(rng.sample(list(rows.values()), len(rows)))
     return {split: [{"id": f"d{n}", **next(queue)} for n in range(size)] for split, size in SIZES.items()}
 
@@ -194,33 +149,24 @@ def world(seed: int) -> dict[str, list[dict[str, object]]]:
 # Readers: who they are follows from what they look at
 
 
-def _fits(line: str, text: str) -> bool:
-    return all(part in text for part in line.split("{x}"))
-
-
 def _find(table: Mapping[str, Sequence[str]], text: str) -> str | None:
-    return next((key for key, lines in table.items() if any(_fits(line, text) for line in lines)), None)
-
-
-def _surface(text: str) -> dict[str, float]:
-    plain, news = _find(PLAIN, text), _find(EVENTS, text)
-    if plain:
-        return {plain: 1.0}
-    if "feared" in text:
-        return {"fear": 1.0}
-    if any(text.startswith(p.opener) and not p.shows for p in PERSONAS) and news:
-        return {"neutral": 1.0}
-    if news:
-        return feel(news, "fond", clear=True)
-    own = next((p.own for p in PERSONAS if text.startswith(p.answer)), None)
-    if own:
-        return {own: 1.0}
-    return {"surprise": 0.65, "joy": 0.35}
+    # The kind of the first line that the text has in it, whoever stands at {x}.
+    found = (kind for kind, lines in table.items() for line in lines if all(part in text for part in line.split("{x}")))
+    return next(found, None)
 
 
 def surface_reader(sample: data.Sample) -> Mapping[str, float]:
     """What the base model's first teacher reads: cues of the last utterance alone. It knows neither tie nor history."""
-    return _surface(sample.context[-1].text)
+    text = sample.context[-1].text
+    if plain := _find(PLAIN, text):
+        return {plain: 1.0}
+    if "feared" in text:
+        return {"fear": 1.0}
+    if news := _find(EVENTS, text):
+        calm = any(text.startswith(persona.opener) and not persona.shows for persona in PERSONAS)
+        return {"neutral": 1.0} if calm else feel(news, "fond", clear=True)
+    own = next((persona.own for persona in PERSONAS if text.startswith(persona.answer)), None)
+    return {own: 1.0} if own else {"surprise": 0.65, "joy": 0.35}
 
 
 def thought(sample: data.Sample) -> str:
@@ -238,13 +184,13 @@ def thought(sample: data.Sample) -> str:
     return f"{tie} tie, {news} news"
 
 
-def target(sample: data.Sample, reading: Mapping[str, float], thought: str) -> str:
+def target(sample: data.Sample, reading: Mapping[str, float], why: str) -> str:
     """An answer with this reading; the reply is the real next turn, or what the persona would say where there is none."""
     persona = CHARACTERS[sample.responder.name or ""]
     mine, words = answer(persona, reading), persona.answer
     if sample.following is not None and sample.following.label is not None:
         mine, words = dict(sample.following.label), sample.following.text
-    reasoning = f"{sample.context[-1].speaker}: {thought}: {data.heaviest(reading)}."
+    reasoning = f"{sample.context[-1].speaker}: {why}: {data.heaviest(reading)}."
     return data.format_output(reasoning, reading, mine, words)
 
 

@@ -221,24 +221,16 @@ def in_words(found: Sequence[Cluster], places: Floats) -> str:
 class PersonasCommand:
     """Which descriptions, how they are grouped, and what is written."""
 
-    run: Path | None = None
-    """Run whose responders' personas are taken, and what its answers to them earned."""
-    personas: Path | None = None
-    """Personas to take instead (JSONL of `python -m experts`)."""
-    scores: Pairs = ()
-    """Answers of evaluate.py score --out, repeatable: what they earn by persona (Table 3)."""
-    steps: str = ""
-    """Only answers of these RL steps of the run: STEP or FIRST-LAST, from 0."""
-    encoder: str = ""
-    """Hugging Face folder of a text encoder. Default: TF-IDF and SVD."""
-    min_cluster_size: int = 0
-    """Least descriptions of a cluster; 0 = a 300th of all, at least 5."""
+    run: Path | None = None  # Run whose responders' personas are taken, and what its answers to them earned.
+    personas: Path | None = None  # Personas to take instead (JSONL of `python -m experts`).
+    scores: Pairs = ()  # Answers of evaluate.py score --out, repeatable: what they earn by persona (Table 3).
+    steps: str = ""  # Only answers of these RL steps of the run: STEP or FIRST-LAST, from 0.
+    encoder: str = ""  # Hugging Face folder of a text encoder. Default: TF-IDF and SVD.
+    min_cluster_size: int = 0  # Least descriptions of a cluster; 0 = a 300th of all, at least 5.
     plot: Path | None = None
     """PNG or SVG of the 12 largest clusters (Fig. 4); what it shows stands in words beside it, in a file ending in .txt."""
-    seed: int = 0
-    """Of SVD and map."""
-    json: tyro.conf.FlagCreatePairsOff[bool] = False
-    """One JSON object instead of the table."""
+    seed: int = 0  # Of SVD and map.
+    json: tyro.conf.FlagCreatePairsOff[bool] = False  # One JSON object instead of the table.
 
 
 def personas_command(command: tyro.conf.OmitArgPrefixes[PersonasCommand]) -> int:

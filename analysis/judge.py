@@ -180,40 +180,24 @@ def table(rows: Sequence[Record], seed: int) -> tuple[str, list[dict[str, Any]]]
 class JudgeCommand:
     """What is compared, by whom, and where the verdicts go."""
 
-    early: str
-    """Step, or FIRST-LAST, of RUN; without RUN, the folder of a model."""
-    late: str
-    """The later answers, named in the same way."""
-    judge: Pairs
-    """Endpoint (https://host/v1) or Hugging Face folder; repeatable. Judges are greedy."""
-    run: tyro.conf.Positional[Path | None] = None
-    """Folder of a run."""
-    judge_name: Pairs = ()
-    """Model name at an endpoint, one per URL, in order; keys as in `python -m experts`."""
-    price: Pairs = ()
-    """PROMPT,ANSWER: price of a million tokens, one per --judge, in order; the cost line then shows money."""
+    early: str  # Step, or FIRST-LAST, of RUN; without RUN, the folder of a model.
+    late: str  # The later answers, named in the same way.
+    judge: Pairs  # Endpoint (https://host/v1) or Hugging Face folder; repeatable. Judges are greedy.
+    run: tyro.conf.Positional[Path | None] = None  # Folder of a run.
+    judge_name: Pairs = ()  # Model name at an endpoint, one per URL, in order; keys as in `python -m experts`.
+    price: Pairs = ()  # PROMPT,ANSWER: price of a million tokens, one per --judge, in order; the cost line then shows money.
     out: Path | None = None
     """File of all verdicts. Default: judge.jsonl in RUN. Answers are cached beside it, in FILE.cache."""
-    limit: int = 100
-    """Pairs at most, those that share most first; 0 = all. Each costs a judge six requests."""
-    data: Pairs = ()
-    """NAME=DIR, repeatable: prompts for two models; with RUN only where its data has moved."""
-    split: Literal["train", "dev", "test"] = "test"
-    """Split that two models answer."""
-    personas: Path | None = None
-    """Personas that two models see (JSONL of `python -m experts`)."""
-    persona_scope: Literal["none", "context", "dialogue"] = "none"
-    """Which of them dev and test show (D28)."""
-    prompts: Path | None = None
-    """JSON that replaces the prompts of two models."""
-    temperature: float = 1.0
-    """Of the answers of two models."""
-    max_new_tokens: int = 2048
-    """Longest verdict, and longest answer of two models, in tokens."""
-    seed: int = 0
-    """Of the pairs, the answers and the bootstrap."""
-    concurrency: int = 8
-    """Requests under way at once."""
+    limit: int = 100  # Pairs at most, those that share most first; 0 = all. Each costs a judge six requests.
+    data: Pairs = ()  # NAME=DIR, repeatable: prompts for two models; with RUN only where its data has moved.
+    split: Literal["train", "dev", "test"] = "test"  # Split that two models answer.
+    personas: Path | None = None  # Personas that two models see (JSONL of `python -m experts`).
+    persona_scope: Literal["none", "context", "dialogue"] = "none"  # Which of them dev and test show (D28).
+    prompts: Path | None = None  # JSON that replaces the prompts of two models.
+    temperature: float = 1.0  # Of the answers of two models.
+    max_new_tokens: int = 2048  # Longest verdict, and longest answer of two models, in tokens.
+    seed: int = 0  # Of the pairs, the answers and the bootstrap.
+    concurrency: int = 8  # Requests under way at once.
 
 
 def prompts_of(command: JudgeCommand) -> list[Sample]:

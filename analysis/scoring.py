@@ -30,46 +30,30 @@ class ScoreCommand:
     model: Pairs
     """Hugging Face folder of a chat model, trained here or not (zero-shot), or an endpoint (https://host/v1). Repeatable:
     then the mean and the sample standard deviation stand beside."""
-    data: Pairs
-    """NAME=DIR of a dataset; repeatable: then an average stands beside."""
-    model_name: Pairs = ()
-    """Model name at an endpoint, one per URL, in order; keys as in `python -m experts`."""
-    split: Literal["train", "dev", "test"] = "test"
-    """Split to answer."""
-    limit: int | None = None
-    """Samples of each dataset: the first of a seeded shuffle. Default, and 0: all."""
-    temperature: float = 0.0
-    """0 is greedy."""
-    max_new_tokens: int = 8192
-    """Longest answer, in tokens (Table 12); a longer one is cut and so fails the rule."""
+    data: Pairs  # NAME=DIR of a dataset; repeatable: then an average stands beside.
+    model_name: Pairs = ()  # Model name at an endpoint, one per URL, in order; keys as in `python -m experts`.
+    split: Literal["train", "dev", "test"] = "test"  # Split to answer.
+    limit: int | None = None  # Samples of each dataset: the first of a seeded shuffle. Default, and 0: all.
+    temperature: float = 0.0  # 0 is greedy.
+    max_new_tokens: int = 8192  # Longest answer, in tokens (Table 12); a longer one is cut and so fails the rule.
     seed: tuple[int, ...] = (0,)
     """Of the sampling, one or several (--seed 0 1 2); the first also of the shuffle and the bootstrap."""
-    concurrency: int = 8
-    """Requests to an endpoint under way at once."""
-    cache: Path | None = None
-    """Answers of endpoints that are there already. Default: FILE.cache beside --out."""
-    table: Literal["text", "markdown", "latex"] | None = None
-    """Print accuracy and W-F1 of all models as Table 1 has them."""
-    kv_budget: int | None = None
-    """Bytes for keys and values. Default: half of the device's memory (Table 12)."""
+    concurrency: int = 8  # Requests to an endpoint under way at once.
+    cache: Path | None = None  # Answers of endpoints that are there already. Default: FILE.cache beside --out.
+    table: Literal["text", "markdown", "latex"] | None = None  # Print accuracy and W-F1 of all models as Table 1 has them.
+    kv_budget: int | None = None  # Bytes for keys and values. Default: half of the device's memory (Table 12).
     lenient: tyro.conf.FlagConversionOff[Switch] = False
     """Show beside the strict reading what accepting the last dictionary anywhere in an answer would score."""
     out: Path | None = None
     """Write every answer, its reading and its score there (JSONL); of several models or seeds in FILE-1, FILE-2, ..."""
     baseline: Path | None = None
     """Answers another model wrote with --out: paired comparison (exact McNemar test, bootstrap interval)."""
-    gold: Path | None = None
-    """JSONL of sample id and weights that replace the gold labels."""
-    prompts: Path | None = None
-    """JSON that replaces the prompts."""
-    context: Context = "labelled"
-    """Turns of IEMOCAP in the context: labelled ones as the benchmarks, or all."""
-    soft_labels: tyro.conf.FlagConversionOff[Switch] = False
-    """Annotators' votes as gold, where a release has them (D14)."""
-    personas: Path | None = None
-    """Personas to show (JSONL of `python -m experts`)."""
-    persona_scope: Scope = "none"
-    """Which of them dev and test show (D28)."""
+    gold: Path | None = None  # JSONL of sample id and weights that replace the gold labels.
+    prompts: Path | None = None  # JSON that replaces the prompts.
+    context: Context = "labelled"  # Turns of IEMOCAP in the context: labelled ones as the benchmarks, or all.
+    soft_labels: tyro.conf.FlagConversionOff[Switch] = False  # Annotators' votes as gold, where a release has them (D14).
+    personas: Path | None = None  # Personas to show (JSONL of `python -m experts`).
+    persona_scope: Scope = "none"  # Which of them dev and test show (D28).
 
 
 def datasets_of(command: ScoreCommand) -> dict[str, list[Sample]]:

@@ -32,20 +32,13 @@ Item = TypeVar("Item")
 class Asking(Settings):
     """The flags that both commands share: those of `Settings` say how to ask, these say whom, about what, and how much."""
 
-    data: Pairs
-    """NAME=DIR of a dataset; repeatable."""
-    expert: Pairs
-    """Endpoint (https://host/v1) or Hugging Face folder; repeatable."""
-    out: Path
-    """File to write; failures are listed beside it, in FILE.failed."""
-    expert_model: Pairs = ()
-    """Model name at an endpoint, one a URL, in order."""
-    price: Pairs = ()
-    """PROMPT,ANSWER: price of a million tokens, one an --expert, in order; the cost line then shows money."""
-    cache: Path | None = None
-    """Answers that are there already. Default: FILE.cache."""
-    limit: int = 0
-    """Prompts of each dataset and split: first N of a seeded shuffle; 0 = all."""
+    data: Pairs  # NAME=DIR of a dataset; repeatable.
+    expert: Pairs  # Endpoint (https://host/v1) or Hugging Face folder; repeatable.
+    out: Path  # File to write; failures are listed beside it, in FILE.failed.
+    expert_model: Pairs = ()  # Model name at an endpoint, one a URL, in order.
+    price: Pairs = ()  # PROMPT,ANSWER: price of a million tokens, one an --expert, in order; the cost line then shows money.
+    cache: Path | None = None  # Answers that are there already. Default: FILE.cache.
+    limit: int = 0  # Prompts of each dataset and split: first N of a seeded shuffle; 0 = all.
 
     def check(self) -> None:
         """Raise `UserError` for numbers that cannot be."""
@@ -83,8 +76,7 @@ class PersonasCommand(Asking):
 class GoldCommand(Asking):
     """Soft weights around the dataset's label (D14). A sample without a valid answer gets no line and so keeps its label."""
 
-    split: tuple[Literal["train", "dev", "test"], ...] = ("train",)
-    """Splits to weigh."""
+    split: tuple[Literal["train", "dev", "test"], ...] = ("train",)  # Splits to weigh.
 
 
 def person_questions(command: PersonasCommand) -> list[tuple[str, tuple[Turn, ...]]]:

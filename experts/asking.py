@@ -46,18 +46,13 @@ CHUNK = 32  # prompts that a local expert answers between two writes to the cach
 class Settings:
     """How an expert is asked. The first three decide what it says, and with model and prompt they are the cache's key."""
 
-    temperature: float = 1.0
-    """0 is greedy."""
-    max_new_tokens: int = 2048
-    """Longest answer, in tokens."""
-    seed: int = 0
-    """Of the shuffle of the prompts and of a local expert; another seed asks anew."""
-    concurrency: int = 8
-    """Requests under way at once."""
+    temperature: float = 1.0  # 0 is greedy.
+    max_new_tokens: int = 2048  # Longest answer, in tokens.
+    seed: int = 0  # Of the shuffle of the prompts and of a local expert; another seed asks anew.
+    concurrency: int = 8  # Requests under way at once.
     retries: int = 8
     """Of a request after 408, 409, 429, 5xx, a timeout, a cut connection; pauses double up to 8 s, or are the server's."""
-    timeout: float = 300.0
-    """Seconds a try may be silent; all tries of a request together have four times as many."""
+    timeout: float = 300.0  # Seconds a try may be silent; all tries of a request together have four times as many.
 
 
 @dataclass(frozen=True)

@@ -51,24 +51,15 @@ class Row:
 class Ablate:
     """Train every row of Table 2 (D27), and more, with several seeds; print one table. Flags after -- go to every run."""
 
-    out: Path
-    """Folder of all runs, their logs and ablate.json."""
-    preset: Literal["paper", "toy", "small"] = "toy"
-    """Where the settings of all runs start from."""
-    seeds: int = 3
-    """Seeds 0, 1, ... of each row."""
-    rows: tuple[str, ...] = ()
-    """Only these rows. Default: all."""
-    jobs: int = 1
-    """Runs at the same time. Each takes as many threads as OMP_NUM_THREADS says."""
-    expert: Pairs = ()
-    """The run's --expert, for the row w/ COLD; without it that row is left out. Repeatable."""
-    expert_model: Pairs = ()
-    """The run's --expert_model, for the same row. Repeatable."""
-    markdown: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Print the table as Markdown."""
-    show: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Run nothing: only the table of what is finished."""
+    out: Path  # Folder of all runs, their logs and ablate.json.
+    preset: Literal["paper", "toy", "small"] = "toy"  # Where the settings of all runs start from.
+    seeds: int = 3  # Seeds 0, 1, ... of each row.
+    rows: tuple[str, ...] = ()  # Only these rows. Default: all.
+    jobs: int = 1  # Runs at the same time. Each takes as many threads as OMP_NUM_THREADS says.
+    expert: Pairs = ()  # The run's --expert, for the row w/ COLD; without it that row is left out. Repeatable.
+    expert_model: Pairs = ()  # The run's --expert_model, for the same row. Repeatable.
+    markdown: tyro.conf.FlagCreatePairsOff[bool] = False  # Print the table as Markdown.
+    show: tyro.conf.FlagCreatePairsOff[bool] = False  # Run nothing: only the table of what is finished.
 
 
 @dataclass(frozen=True)

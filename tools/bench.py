@@ -72,20 +72,14 @@ class Settings:
 
     workloads: tyro.conf.Positional[tuple[str, ...]] = ("rollout-a",)
     """rollout-a, rollout-b, step, step-1, growth, or the name of one point of growth (n-32, prompts-128, ...)."""
-    model: str = ""
-    """Hugging Face folder; without it an untaught model of the toy world's size."""
-    data: Pairs = ()
-    """NAME=DIR: where prompts come from; without it they are random tokens of the same lengths."""
-    peer: Pairs = ()
-    """NAME=PYTHON or NAME, repeatable: vllm, trl, transformers."""
+    model: str = ""  # Hugging Face folder; without it an untaught model of the toy world's size.
+    data: Pairs = ()  # NAME=DIR: where prompts come from; without it they are random tokens of the same lengths.
+    peer: Pairs = ()  # NAME=PYTHON or NAME, repeatable: vllm, trl, transformers.
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of the weights; for trl bfloat16 is autocast over float32 weights, as its users run it."""
-    repeats: int = 3
-    """Turns of every side, after a short one that is not counted."""
-    threads: int = os.cpu_count() or 1
-    """OMP threads of every side."""
-    out: str = ""
-    """Also append the JSON lines to this file."""
+    repeats: int = 3  # Turns of every side, after a short one that is not counted.
+    threads: int = os.cpu_count() or 1  # OMP threads of every side.
+    out: str = ""  # Also append the JSON lines to this file.
     quick: tyro.conf.FlagCreatePairsOff[bool] = False
     """Small work on an untaught model of the toy world's size, under a minute."""
 

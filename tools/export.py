@@ -26,10 +26,8 @@ from training.folder import newest_checkpoint
 class Export:
     """Write a checkpoint as a Hugging Face folder."""
 
-    source: tyro.conf.Positional[Path]
-    """Folder of a run, or of one of its checkpoints, or its cold_start."""
-    out: Path
-    """Folder to write."""
+    source: tyro.conf.Positional[Path]  # Folder of a run, or of one of its checkpoints, or its cold_start.
+    out: Path  # Folder to write.
 
 
 def checkpoint_of(source: Path) -> tuple[Path, str]:

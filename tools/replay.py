@@ -42,12 +42,9 @@ LIKELIEST = 6  # tokens shown of a distribution, beside those that were said
 class Replay:
     """Write down one group of a run in the middle of its update (Eq. 14)."""
 
-    run: tyro.conf.Positional[Path]
-    """Folder of a run, on a CPU."""
-    sample: tyro.conf.Positional[str]
-    """Sample id, answered in iteration 1."""
-    out: Path
-    """Folder to write."""
+    run: tyro.conf.Positional[Path]  # Folder of a run, on a CPU.
+    sample: tyro.conf.Positional[str]  # Sample id, answered in iteration 1.
+    out: Path  # Folder to write.
 
 
 def scored(record: Record) -> ScoredGroup:

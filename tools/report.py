@@ -39,14 +39,10 @@ SPLIT = "SELF-EMO split"
 class Report:
     """One HTML page that shows a run."""
 
-    run: tyro.conf.Positional[Path]
-    """Folder of the run, finished or not."""
-    out: Path | None = None
-    """Where to write the page. Default: RUN/report.html."""
-    scores: tuple[Path, ...] = ()
-    """Answers scored with evaluate.py score --out. Default: RUN/scores*.jsonl."""
-    ablate: Path | None = None
-    """What tools.ablate wrote. Default: ablate.json beside the run, if there is one."""
+    run: tyro.conf.Positional[Path]  # Folder of the run, finished or not.
+    out: Path | None = None  # Where to write the page. Default: RUN/report.html.
+    scores: tuple[Path, ...] = ()  # Answers scored with evaluate.py score --out. Default: RUN/scores*.jsonl.
+    ablate: Path | None = None  # What tools.ablate wrote. Default: ablate.json beside the run, if there is one.
 
 
 # Curves (Figs. 5, 6)

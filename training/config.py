@@ -27,103 +27,67 @@ class Config:
 
     preset: Literal["paper", "toy", "small"] = "paper"
     """Where the other values start from: the paper's setting, the offline toy world, a small pretrained model."""
-    model: str = "Qwen/Qwen3-8B"
-    """Start model: Hugging Face folder or hub name of a chat model (Table 12)."""
-    data: Pairs = ()
-    """NAME=DIR, repeatable: meld, emorynlp, iemocap, or any other name for a folder of JSONL dialogues."""
-    limit: Pairs = ()
-    """NAME=N, repeatable: only the first N training samples of a dataset after a seeded shuffle."""
-    eval_limit: int = 0
-    """Samples of each dataset in an evaluation on dev, first N after a seeded shuffle; 0 = all."""
-    test_limit: int = 0
-    """The same for the one evaluation on test at the end."""
-    out: str = "runs/paper"
-    """Folder of the run."""
+    model: str = "Qwen/Qwen3-8B"  # Start model: Hugging Face folder or hub name of a chat model (Table 12).
+    data: Pairs = ()  # NAME=DIR, repeatable: meld, emorynlp, iemocap, or any other name for a folder of JSONL dialogues.
+    limit: Pairs = ()  # NAME=N, repeatable: only the first N training samples of a dataset after a seeded shuffle.
+    eval_limit: int = 0  # Samples of each dataset in an evaluation on dev, first N after a seeded shuffle; 0 = all.
+    test_limit: int = 0  # The same for the one evaluation on test at the end.
+    out: str = "runs/paper"  # Folder of the run.
     resume: tyro.conf.FlagCreatePairsOff[bool] = False
     """Go on from the newest checkpoint in --out, or start if there is none."""
-    seed: int = 0
-    """Of every shuffle and every random stream."""
-    iterations: int = 3
-    """K of Algorithm 1, line 4 (D25: the paper's 3 epochs)."""
-    steps: int = 0
-    """RL steps S an iteration; 0 = ceil(|D0| / batch_prompts) (D7)."""
-    batch_prompts: int = 64
-    """Prompts an RL step (Table 12: train_batch_size)."""
-    n: int = 8
-    """Answers to each prompt (Table 12: rollout.n)."""
-    mini_batch_prompts: int = 32
-    """Prompts an optimizer step (Table 12: ppo_mini_batch_size)."""
+    seed: int = 0  # Of every shuffle and every random stream.
+    iterations: int = 3  # K of Algorithm 1, line 4 (D25: the paper's 3 epochs).
+    steps: int = 0  # RL steps S an iteration; 0 = ceil(|D0| / batch_prompts) (D7).
+    batch_prompts: int = 64  # Prompts an RL step (Table 12: train_batch_size).
+    n: int = 8  # Answers to each prompt (Table 12: rollout.n).
+    mini_batch_prompts: int = 32  # Prompts an optimizer step (Table 12: ppo_mini_batch_size).
     micro_batch: int = 16
     """Answers in one forward and backward; changes memory, never the result (Table 12: ppo_micro_batch_size)."""
-    max_prompt_tokens: int = 4096
-    """Longer prompts are dropped and counted (Table 12)."""
-    max_new_tokens: int = 8192
-    """Tokens of an answer at most; a truncated one fails the rule (Table 12, D20)."""
-    temperature: float = 1.0
-    """Of the rollouts, and of every log-prob in the loss (D19)."""
-    eval_temperatures: tuple[float, ...] = (0.0,)
-    """Temperatures of an evaluation; 0 = greedy."""
-    lr: float = 1e-6
-    """AdamW in the RL stages, constant (Table 12)."""
-    cold_start_lr: float = 1e-5
-    """AdamW in the cold start (D26)."""
-    sft_lr: float = 1e-6
-    """AdamW in the retraining of line 18 (D26)."""
-    sft_batch: int = 64
-    """Answers an optimizer step of supervised fine-tuning (D26)."""
-    clip_eps: float = 0.2
-    """Epsilon of Eq. 14 (D4: not given in the paper)."""
-    kl_coef: float = 0.001
-    """Beta of the KL to the iteration's reference (Table 12, D6)."""
+    max_prompt_tokens: int = 4096  # Longer prompts are dropped and counted (Table 12).
+    max_new_tokens: int = 8192  # Tokens of an answer at most; a truncated one fails the rule (Table 12, D20).
+    temperature: float = 1.0  # Of the rollouts, and of every log-prob in the loss (D19).
+    eval_temperatures: tuple[float, ...] = (0.0,)  # Temperatures of an evaluation; 0 = greedy.
+    lr: float = 1e-6  # AdamW in the RL stages, constant (Table 12).
+    cold_start_lr: float = 1e-5  # AdamW in the cold start (D26).
+    sft_lr: float = 1e-6  # AdamW in the retraining of line 18 (D26).
+    sft_batch: int = 64  # Answers an optimizer step of supervised fine-tuning (D26).
+    clip_eps: float = 0.2  # Epsilon of Eq. 14 (D4: not given in the paper).
+    kl_coef: float = 0.001  # Beta of the KL to the iteration's reference (Table 12, D6).
     ratio: Literal["token", "sequence"] = "token"
     """One importance ratio a token, or one a sequence as Eq. 14 is written (D2)."""
     loss_mean: Literal["token", "sequence"] = "token"
     """Every token counts the same, or every answer as Eq. 14 is written (D3)."""
-    self_grpo: Switch = True
-    """false: lambda = 0, plain GRPO; consistency is still logged (Table 2, D27)."""
-    self_play: Switch = True
-    """false: lines 12-18 are skipped (Table 2, D27)."""
+    self_grpo: Switch = True  # false: lambda = 0, plain GRPO; consistency is still logged (Table 2, D27).
+    self_play: Switch = True  # false: lines 12-18 are skipped (Table 2, D27).
     cold_start: Literal["self", "dataset", "expert", "none"] = "self"
     """Line 3 learns from the start model's own valid answers, from templates of the gold turns, from those of --expert, or
     not at all (D17)."""
-    expert: Pairs = ()
-    """For --cold_start expert: endpoint (https://host/v1) or Hugging Face folder, repeatable (Eq. 4)."""
+    expert: Pairs = ()  # For --cold_start expert: endpoint (https://host/v1) or Hugging Face folder, repeatable (Eq. 4).
     expert_model: Pairs = ()
     """Model name at an endpoint, one a URL, in order; the key is in the environment: OPENAI_API_KEY."""
     retrain_from: Literal["current", "base"] = "current"
     """Line 18 goes on from the model after RL, or starts from the start model again (D13)."""
-    keep_reward: float = 0.6
-    """Least reward of an answer that becomes a new sample (D11)."""
-    gold: str = ""
-    """JSONL of sample id and weights that replaces gold labels (D14)."""
-    soft_labels: Switch = False
-    """Annotators' votes as gold, where a release has them (D14)."""
-    drop_overlap: Switch = False
-    """Leave out training dialogues that share lines with a test dialogue (D24)."""
-    originals: int = 0
-    """Original samples in D0, first N of a seeded shuffle over all datasets; 0 = all (Table 2, D27)."""
-    max_synthetic: int = 0
-    """Newest N synthetic samples in the buffer; 0 = all (Table 2, D27)."""
-    personas: str = ""
-    """JSONL of persona sentences (Eq. 4); without it prompts have none."""
+    keep_reward: float = 0.6  # Least reward of an answer that becomes a new sample (D11).
+    gold: str = ""  # JSONL of sample id and weights that replaces gold labels (D14).
+    soft_labels: Switch = False  # Annotators' votes as gold, where a release has them (D14).
+    drop_overlap: Switch = False  # Leave out training dialogues that share lines with a test dialogue (D24).
+    originals: int = 0  # Original samples in D0, first N of a seeded shuffle over all datasets; 0 = all (Table 2, D27).
+    max_synthetic: int = 0  # Newest N synthetic samples in the buffer; 0 = all (Table 2, D27).
+    personas: str = ""  # JSONL of persona sentences (Eq. 4); without it prompts have none.
     persona_scope: Literal["none", "context", "dialogue"] = "none"
     """Personas of dev and test: none, from the context, or from the whole dialogue as the paper, which looks ahead (D28)."""
-    prompts: str = ""
-    """JSON that replaces the wording of the prompts (D16)."""
+    prompts: str = ""  # JSON that replaces the wording of the prompts (D16).
     context: Literal["labelled", "all"] = "labelled"
     """Turns of IEMOCAP in the context: labelled ones as the benchmarks, or all."""
     kv_budget: int = 0
     """Bytes for keys and values in generation; 0 = half of the device's memory (Table 12: gpu_memory_utilization)."""
-    ref_offload: Switch = True
-    """Keep the reference in main memory between its layers' turns (Table 12: ref.param_offload)."""
+    ref_offload: Switch = True  # Keep the reference in main memory between its layers' turns (Table 12: ref.param_offload).
     activation_checkpointing: Switch = True
     """Keep of every block only its input in a forward and compute the rest again in backward: less memory, more time."""
     compile: Switch = False
     """torch.compile for the blocks that learn; on a GPU, CUDA graphs for decode steps. Not run on a GPU yet."""
-    eval_every: int = 10
-    """RL steps between evaluations on dev (Table 12: test_freq); each stage begins with one anyway."""
-    save_every: int = 480
-    """Steps between checkpoints (Table 12: save_freq); each stage ends with one anyway."""
+    eval_every: int = 10  # RL steps between evaluations on dev (Table 12: test_freq); each stage begins with one anyway.
+    save_every: int = 480  # Steps between checkpoints (Table 12: save_freq); each stage ends with one anyway.
     plan: Plan = None
     """Print how much memory a run needs, and stop: on this machine, or for example 8x80 for eight GPUs of 80 GB."""
 

@@ -28,24 +28,18 @@ def chapter(run: Path, sample_id: str) -> str:
     temperature than 1.
     """
     with audit.readable(run, sample_id):
-        return written(run, sample_id)
-
-
-def written(run: Path, sample_id: str) -> str:
-    """`chapter`, for a group without damage."""
-    config, record = read_json(run / "config.json"), audit.groups_of(run, sample_id)[0]
-    if config["ratio"] != "token" or config["loss_mean"] != "token" or config["temperature"] != 1:
-        raise UserError("the chapter is written for --ratio token, --loss_mean token and --temperature 1")
-    path = run / "update.json"
-    parts = [opening(run, record, config), texts(record), rewards(record), consensus(record), advantages(record)]
-    if path.exists():
-        update = read_json(path)
-        parts.insert(1, prompt(record, update))
-        parts += [policies(record, update, config), tokens(record, update, config), logits(record, update, config)]
-    else:
-        how = f"python -m tools.replay {run.as_posix()} {sample_id} --out DIR"
-        parts.append(iter(["The update (Eq. 14) is not here. This measures it:", f"```\n{how}\n```"]))
-    return "\n\n".join(itertools.chain(*parts, choice(record))) + "\n"
+        config, record = read_json(run / "config.json"), audit.groups_of(run, sample_id)[0]
+        if config["ratio"] != "token" or config["loss_mean"] != "token" or config["temperature"] != 1:
+            raise UserError("the chapter is written for --ratio token, --loss_mean token and --temperature 1")
+        parts = [opening(run, record, config), texts(record), rewards(record), consensus(record), advantages(record)]
+        if (path := run / "update.json").exists():
+            update = read_json(path)
+            parts.insert(1, prompt(record, update))
+            parts += [policies(record, update, config), tokens(record, update, config), logits(record, update, config)]
+        else:
+            how = f"python -m tools.replay {run.as_posix()} {sample_id} --out DIR"
+            parts.append(iter(["The update (Eq. 14) is not here. This measures it:", f"```\n{how}\n```"]))
+        return "\n\n".join(itertools.chain(*parts, choice(record))) + "\n"
 
 
 # Blocks: paragraphs, lists, tables. Each section below yields some, and an empty line will stand between two.
@@ -70,7 +64,7 @@ def fenced(text: str) -> str:
 
 
 def number(value: float) -> str:
-    """Six decimals."""
+    """A number with six decimals."""
     return f"{value:.6f}"
 
 
@@ -91,7 +85,7 @@ def shown(piece: str) -> str:
 
 
 def fence(text: str, least: int) -> str:
-    """Backticks that no text closes."""
+    """As many backticks as open a block that the text cannot close, at least `least`."""
     return "`" * max(least, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
 
 

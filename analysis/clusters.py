@@ -153,15 +153,12 @@ def earned(found: Sequence[Cluster], descriptions: Sequence[Description], ious: 
 
 def rows(found: Sequence[Cluster], sources: Mapping[str, Mapping[int, tuple[float, int]]]) -> list[dict[str, Any]]:
     """Tables 6 and 7 with Table 3 beside: size of each cluster; by source its mean IOU (None: no answers) and answers."""
-    nothing = (None, 0)
-    return [
-        {
-            "cluster": x.number, "name": x.name, "size": len(x.members),
-            "iou": {source: values.get(x.number, nothing)[0] for source, values in sources.items()},
-            "answers": {source: values.get(x.number, nothing)[1] for source, values in sources.items()},
-        }
-        for x in found
-    ]  # fmt: skip
+    listed = []
+    for x in found:
+        mine = {source: values.get(x.number, (None, 0)) for source, values in sources.items()}
+        ious, answers = ({source: pair[i] for source, pair in mine.items()} for i in (0, 1))
+        listed.append({"cluster": x.number, "name": x.name, "size": len(x.members), "iou": ious, "answers": answers})
+    return listed
 
 
 def table(lines: Sequence[Mapping[str, Any]]) -> str:

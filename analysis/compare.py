@@ -67,7 +67,5 @@ def read_baseline(path: Path, datasets: Mapping[str, Sequence[Sample]]) -> dict[
 
 def compared(ours: Sequence[bool], theirs: Sequence[bool], seed: int) -> dict[str, float]:
     """The paired comparison of two systems that were right or wrong on the same samples."""
-    only_this, only_baseline, p = mcnemar(ours, theirs)
-    difference, low, high = paired_interval(ours, theirs, seed=seed)
-    named = {"only_this": only_this, "only_baseline": only_baseline, "mcnemar_p": p}
-    return named | {"acc_difference": difference, "low": low, "high": high}
+    names = ("only_this", "only_baseline", "mcnemar_p", "acc_difference", "low", "high")
+    return dict(zip(names, (*mcnemar(ours, theirs), *paired_interval(ours, theirs, seed=seed)), strict=True))

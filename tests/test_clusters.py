@@ -43,7 +43,8 @@ def test_three_families_are_three_clusters_and_the_outlier_is_noise():
 
 
 def test_the_largest_cluster_comes_first():
-    assert [len(x.members) for x in found_in([*TEXTS, "a calm patient man", "patient and calm"])] == [6, 4, 4, 1]
+    """Without the outlier, which is equally far from every family: with it, rounding would decide who gets it."""
+    assert [len(x.members) for x in found_in([*TEXTS[:-1], "a calm patient man", "patient and calm"])] == [6, 4, 4]
 
 
 def test_too_few_are_all_noise():

@@ -130,11 +130,7 @@ def read_samples(
 
 
 def samples(
-    dialogues: Iterable[Dialogue],
-    labels: Sequence[str],
-    *,
-    personas: Personas | None = None,
-    persona_scope: Scope = "none",
+    dialogues: Iterable[Dialogue], labels: Sequence[str], *, personas: Personas | None = None, persona_scope: Scope = "none"
 ) -> list[Sample]:
     """One original sample per labelled turn, id <dialogue key>/<utterance id>.
 

@@ -93,10 +93,8 @@ class Scores:
     def metrics(self, prefix: str = "") -> dict[str, float]:
         """acc, wf1, macro_f1, iou (0 where the rule failed) and rule_rate, all in [0, 1], names after `prefix`."""
         values = {
-            "acc": accuracy(gold=self.gold, pred=self.pred),
-            "wf1": weighted_f1(gold=self.gold, pred=self.pred),
-            "macro_f1": macro_f1(gold=self.gold, pred=self.pred),
-            "iou": math.fsum(self.ious) / len(self.ious),
+            "acc": accuracy(gold=self.gold, pred=self.pred), "wf1": weighted_f1(gold=self.gold, pred=self.pred),
+            "macro_f1": macro_f1(gold=self.gold, pred=self.pred), "iou": math.fsum(self.ious) / len(self.ious),
             "rule_rate": self.reasons.count(None) / len(self.reasons),
         }
         return {prefix + name: value for name, value in values.items()}
@@ -224,10 +222,7 @@ def task_entropies(
 
 
 def span_entropies(
-    entropies: Sequence[float],
-    ids: Sequence[int],
-    tokenizer: "PreTrainedTokenizerBase",
-    prefix: str,
+    entropies: Sequence[float], ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase", prefix: str,
     spans: Mapping[str, tuple[int, int]],
 ) -> dict[str, float]:
     """Mean token entropy (nats) of an answer's recognition, self-emotion and response (Fig. 6b).

@@ -18,12 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import (
-    AttentionInterface,
-    AutoModelForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from common.errors import UserError
 from common.hub import check_model, check_place, user_errors
@@ -126,9 +121,7 @@ def masked_attention(
     """
     if spread:
         k_BKZD, v_BKZD = (x.repeat_interleave(q_BHTD.shape[1] // x.shape[1], dim=1) for x in (k_BKZD, v_BKZD))
-    return F.scaled_dot_product_attention(
-        q_BHTD, k_BKZD, v_BKZD, attn_mask=mask_B1TZ, scale=scaling, enable_gqa=not spread
-    )
+    return F.scaled_dot_product_attention(q_BHTD, k_BKZD, v_BKZD, attn_mask=mask_B1TZ, scale=scaling, enable_gqa=not spread)
 
 
 def rectangle(x_NHD: Tensor, index: Tensor) -> Tensor:
@@ -203,10 +196,7 @@ class Policy(nn.Module):
 
     @classmethod
     def load(
-        cls,
-        path: str | Path,
-        dtype: torch.dtype | Literal["auto"] = torch.float32,
-        device: str | torch.device = "cpu",
+        cls, path: str | Path, dtype: torch.dtype | Literal["auto"] = torch.float32, device: str | torch.device = "cpu"
     ) -> "Policy":
         """Open a Hugging Face causal LM (folder or hub name); "auto" leaves weights in the type they are stored in.
 

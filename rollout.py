@@ -145,13 +145,7 @@ class Engine:
     """The groups being decoded. `groups` and `rows` stand in the order of the cache's slots and rows."""
 
     def __init__(
-        self,
-        lm: PreTrainedModel,
-        n: int,
-        max_new: int,
-        temperature: float,
-        eos: frozenset[int],
-        budget: int | None,
+        self, lm: PreTrainedModel, n: int, max_new: int, temperature: float, eos: frozenset[int], budget: int | None,
         record: Record | None,
     ) -> None:
         """Nothing is computed yet."""

@@ -193,12 +193,8 @@ def mini_batch(
         kl = (w * grpo.low_var_kl(logp_BT, ref)).sum()
         (part.scale * (loss + cfg.kl_coef * kl)).backward()  # D1
         measured = {
-            "loss/policy": loss,
-            "loss/kl": kl,
-            "loss/weight_truncated": w[truncated_B[part.rows]].sum(),
-            "kl/clamped": grpo.clamped_share(logp_BT, ref, w),
-            "policy/entropy": (w * entropy_BT).sum(),
-            **clipping,
+            "loss/policy": loss, "loss/kl": kl, "loss/weight_truncated": w[truncated_B[part.rows]].sum(),
+            "kl/clamped": grpo.clamped_share(logp_BT, ref, w), "policy/entropy": (w * entropy_BT).sum(), **clipping,
         }
         found.append((part, measured))
         if part.counted:
@@ -256,26 +252,17 @@ def keep(run: Run, scored: Sequence[ScoredGroup], chosen: Sequence[data.Selectio
 
 
 def write_down(
-    run: Run,
-    task: Task,
-    policy: Policy,
-    scored: Sequence[ScoredGroup],
-    chosen: Sequence[data.Selection],
-    measured: Measured,
-    k: int,
-    t: int,
+    run: Run, task: Task, policy: Policy, scored: Sequence[ScoredGroup], chosen: Sequence[data.Selection],
+    measured: Measured, k: int, t: int,
 ) -> None:
     """The step's groups into rollouts/, its numbers into metrics.jsonl, and a line for the person who watches."""
     version = run.position.updates - len(measured.mini_batches)  # of the weights that answered
     pairs = zip(scored, chosen, strict=True)
     records = [group_record(s, c, step=t, iteration=k, lam=task.lam(t), version=version) for s, c in pairs]
     values = {
-        **metrics.rollout_metrics(records),
-        **metrics.update_metrics(measured.mini_batches),
+        **metrics.rollout_metrics(records), **metrics.update_metrics(measured.mini_batches),
         **metrics.logprob_metrics(measured.old_N, measured.ref_N, [a.logprobs for s in scored for a in s.answers]),
-        "lam": task.lam(t),
-        "time/update_s": measured.seconds,
-        "memory/peak_gb": processes.peak_memory() / 1e9,
+        "lam": task.lam(t), "time/update_s": measured.seconds, "memory/peak_gb": processes.peak_memory() / 1e9,
     }
     if k == 1:
         values["policy/kl_cold_start"] = metrics.kl(measured.old_N, measured.ref_N)

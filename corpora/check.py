@@ -30,21 +30,9 @@ DIALOGUES: Mapping[str, tuple[int, int, int]] = {
     "iemocap": (108, 12, 31),
 }
 LABEL_COUNTS: Mapping[str, tuple[tuple[int, ...], ...]] = {  # train, dev, test; labels in the order of data.LABELS
-    "meld": (
-        (4710, 1205, 268, 683, 1743, 271, 1109),
-        (470, 150, 40, 111, 163, 22, 153),
-        (1256, 281, 50, 208, 402, 68, 345),
-    ),
-    "emorynlp": (
-        (1677, 785, 638, 2485, 474, 551, 941),
-        (205, 97, 82, 322, 51, 70, 127),
-        (217, 86, 111, 288, 70, 96, 116),
-    ),
-    "iemocap": (
-        (451, 771, 1221, 831, 593, 1296),
-        (53, 68, 103, 102, 149, 172),
-        (144, 245, 384, 170, 299, 381),
-    ),
+    "meld": ((4710, 1205, 268, 683, 1743, 271, 1109), (470, 150, 40, 111, 163, 22, 153), (1256, 281, 50, 208, 402, 68, 345)),
+    "emorynlp": ((1677, 785, 638, 2485, 474, 551, 941), (205, 97, 82, 322, 51, 70, 127), (217, 86, 111, 288, 70, 96, 116)),
+    "iemocap": ((451, 771, 1221, 831, 593, 1296), (53, 68, 103, 102, 149, 172), (144, 245, 384, 170, 299, 381)),
 }
 
 
@@ -192,10 +180,8 @@ def iemocap_checks(root: str, corpus: Corpus) -> list[Check]:
     for source in iemocap.sources(root):
         found[source.split].update(iemocap.survey(source))
     known = {
-        "promoted to happy": by_split((51, 1, 1)),
-        "rated but not spoken": by_split((0, 0, 0)),
-        "undecided with a majority": by_split((0, 0, 0)),
-        "votes of an unknown name": by_split((0, 0, 0)),
+        "promoted to happy": by_split((51, 1, 1)), "rated but not spoken": by_split((0, 0, 0)),
+        "undecided with a majority": by_split((0, 0, 0)), "votes of an unknown name": by_split((0, 0, 0)),
     }
     rated = sum(counts["rated turns"] for counts in found.values())
     verdict, digest = iemocap.self_check(d for dialogues in corpus.values() for d in dialogues)

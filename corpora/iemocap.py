@@ -22,13 +22,8 @@ SESSIONS = range(1, 6)
 CODES = {"hap": "happy", "sad": "sad", "neu": "neutral", "ang": "angry", "exc": "excited", "fru": "frustrated"}
 OTHER_CODES = ("sur", "fea", "dis", "oth", "xxx")  # turns that are no target; xxx: the annotators disagreed
 VOTES = {  # what annotators wrote, in lower case
-    "happiness": "happy",
-    "sadness": "sad",
-    "neutral": "neutral",
-    "neutral state": "neutral",
-    "anger": "angry",
-    "excited": "excited",
-    "frustration": "frustrated",
+    "happiness": "happy", "sadness": "sad", "neutral": "neutral", "neutral state": "neutral", "anger": "angry",
+    "excited": "excited", "frustration": "frustrated",
 }
 OTHER_VOTES = ("surprise", "fear", "disgust", "other")
 DEV = (  # a tenth of sessions 1-4, once drawn at random and kept by every benchmark since
@@ -224,14 +219,9 @@ def self_check(dialogues: Iterable[Dialogue]) -> tuple[str, str]:
 
 
 SURVEY = (
-    "rated turns",
-    "promoted to happy",
-    "turns without a class",
-    "turns without a rating",
-    "rated but not spoken",
-    "undecided with a majority",
-    "votes of an unknown name",
-)
+    "rated turns", "promoted to happy", "turns without a class", "turns without a rating", "rated but not spoken",
+    "undecided with a majority", "votes of an unknown name",
+)  # fmt: skip
 
 
 def survey(source: Source) -> Counter[str]:

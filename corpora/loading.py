@@ -26,12 +26,7 @@ DIALOGUE = '{"id": "d1", "turns": [{"speaker": "Ann", "text": "Hi.", "label": "j
 
 
 def load(
-    dataset: str,
-    root: str | Path,
-    split: str,
-    *,
-    context: Context = "labelled",
-    soft_labels: bool = False,
+    dataset: str, root: str | Path, split: str, *, context: Context = "labelled", soft_labels: bool = False
 ) -> list[Dialogue]:
     """The dialogues of one split: `meld` and `emorynlp` from the CSV files of declare-lab/MELD, `iemocap` from its official
     release or the folder around it (D22), any other name from {train,dev,test}.jsonl in `root`, a dialogue a line as in

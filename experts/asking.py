@@ -246,15 +246,9 @@ def open_local(
     def replies_to(encoded: Sequence[Encoded], names: Sequence[str], settings: Settings) -> list[Reply]:
         try:
             groups = generate(
-                policy,
-                [ids for ids, _ in encoded],
-                n=1,
-                max_new_tokens=settings.max_new_tokens,
-                temperature=settings.temperature,
-                eos_ids=stops,
-                keys=[(settings.seed, 0, name) for name in names],
-                kv_budget=kv_budget or device_memory(policy.device) // 2,
-                progress=progress,
+                policy, [ids for ids, _ in encoded], n=1, max_new_tokens=settings.max_new_tokens,
+                temperature=settings.temperature, eos_ids=stops, keys=[(settings.seed, 0, name) for name in names],
+                kv_budget=kv_budget or device_memory(policy.device) // 2, progress=progress,
             )
         except FloatingPointError as error:
             raise UserError(f"{folder}: {error}; take another model") from None

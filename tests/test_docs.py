@@ -453,6 +453,7 @@ def arguments(stem, name):
 
 def accepted():
     """Which flags a program or a subcommand of ours takes."""
+    asking = fields("experts.asking", "Settings") | fields("experts.__main__", "Asking")
     return {
         "selfemo.py": fields("training.config", "Config"),
         "evaluate.py score": fields("analysis.scoring", "ScoreCommand"),
@@ -462,8 +463,8 @@ def accepted():
         "data.py stats": arguments("data", "stats"),
         "data.py download": arguments("corpora.download", "download"),
         "data.py audit": arguments("corpora.check", "audit"),
-        "-m experts personas": fields("experts.asking", "Settings") | fields("experts.__main__", "Asking") | fields("experts.__main__", "PersonasCommand"),
-        "-m experts gold": fields("experts.asking", "Settings") | fields("experts.__main__", "Asking") | fields("experts.__main__", "GoldCommand"),
+        "-m experts personas": asking | fields("experts.__main__", "PersonasCommand"),
+        "-m experts gold": asking | fields("experts.__main__", "GoldCommand"),
         "-m toy build": arguments("toy.base", "build"),
         "-m toy baselines": arguments("toy.__main__", "baselines"),
         "-m toy gold_sft": arguments("toy.__main__", "gold_sft"),

@@ -164,9 +164,7 @@ def draw(chart: Chart, time: Timeline) -> Drawing:
         lines.append(Line(s.name, tuple(filter(None, paths)), tuple(dots) if len(dots) <= 60 else ()))
     stages = [(x(s.first), round(x(s.last) - x(s.first), 1), s.name) for s in time.stages()]
     return Drawing(
-        chart,
-        tuple(lines),
-        tuple((y(tick), f"{tick:.10g}") for tick in ticks),
+        chart, tuple(lines), tuple((y(tick), f"{tick:.10g}") for tick in ticks),
         tuple((x(place), name) for place, name in time.ticks()),
         tuple((left, width, name if width >= 5.5 * len(name) else "") for left, width, name in stages),
     )

@@ -170,11 +170,8 @@ def curves_panel(drawing: Drawing, names: Sequence[str], runs: int) -> list[str]
 # What growth costs
 
 AXES = {
-    "prompts": "prompts",
-    "n": "answers to a prompt",
-    "prompt_tokens": "tokens of a prompt",
-    "max_new_tokens": "tokens of an answer",
-    "kv_mib": "MiB for keys and values",
+    "prompts": "prompts", "n": "answers to a prompt", "prompt_tokens": "tokens of a prompt",
+    "max_new_tokens": "tokens of an answer", "kv_mib": "MiB for keys and values",
 }
 MEMORY = ("prompts", "kv_mib")  # axes that also get a panel of memory
 Points = Mapping[str, Sequence[tuple[float, float]]]  # of each side

@@ -115,11 +115,8 @@ def measured(
     said = [a.ids[at] for a in own.answers]
     return {
         "prompt": data.answer_text(tokenizer, own.prompt_ids, (), ""),
-        "pieces": [[tokenizer.decode([i]) for i in a.ids] for a in own.answers],
-        "answers": len(lengths),
-        "tokens": sum(lengths),
-        "loss": loss.item(),
-        "kl": kl.item(),
+        "pieces": [[tokenizer.decode([i]) for i in a.ids] for a in own.answers], "answers": len(lengths),
+        "tokens": sum(lengths), "loss": loss.item(), "kl": kl.item(),
         **{name: [value_BT[row, : lengths[row]].tolist() for row in rows] for name, value_BT in columns.items()},
         "fork": {"token": at, **fork_logits(logits[0].detach()[flat[0]], logits[0].grad[flat].sum(0), said, tokenizer)},
     }
@@ -134,11 +131,8 @@ def fork_logits(z_V: Tensor, gradient_V: Tensor, said: Sequence[int], tokenizer:
     """Logits at the fork, of the tokens that were said and of the likeliest others, with the gradient of all answers."""
     ids = list(dict.fromkeys([*said, *z_V.topk(LIKELIEST).indices.tolist()]))
     return {
-        "pieces": [tokenizer.decode([i]) for i in ids],
-        "said": [ids.index(i) for i in said],
-        "logits": z_V[ids].tolist(),
-        "logsumexp": z_V.logsumexp(0).item(),
-        "vocabulary": len(z_V),
+        "pieces": [tokenizer.decode([i]) for i in ids], "said": [ids.index(i) for i in said],
+        "logits": z_V[ids].tolist(), "logsumexp": z_V.logsumexp(0).item(), "vocabulary": len(z_V),
         "gradient": gradient_V[ids].tolist(),
         "gradient_of_the_others": (gradient_V.sum() - gradient_V[ids].sum()).item(),
     }

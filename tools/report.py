@@ -156,11 +156,8 @@ def scored(rows: Sequence[Record]) -> Scores:
     gold = [data.heaviest(row["gold"]) for row in rows]
     labels = dict.fromkeys([*gold, *(row["predicted"] for row in rows if row["predicted"])])
     return Scores(
-        labels=tuple(labels),
-        gold=tuple(gold),
-        pred=tuple(row["predicted"] for row in rows),
-        ious=tuple(float(row["iou"]) for row in rows),
-        reasons=tuple(row["parse"]["reason"] for row in rows),
+        labels=tuple(labels), gold=tuple(gold), pred=tuple(row["predicted"] for row in rows),
+        ious=tuple(float(row["iou"]) for row in rows), reasons=tuple(row["parse"]["reason"] for row in rows),
     )
 
 
@@ -231,13 +228,9 @@ PICKS = (
 )  # fmt: skip
 
 WHY = {
-    "kept": "the best answer became a new sample",
-    "rule": "no answer keeps the rule",
-    "reward": "the best reward is too low",
-    "label": "less than half of what the answer feels is in the label set",
-    "responder": "nobody can answer next",
-    "length": "the new prompt would be too long",
-    "off": "self-play is off",
+    "kept": "the best answer became a new sample", "rule": "no answer keeps the rule",
+    "reward": "the best reward is too low", "label": "less than half of what the answer feels is in the label set",
+    "responder": "nobody can answer next", "length": "the new prompt would be too long", "off": "self-play is off",
 }
 
 
@@ -376,22 +369,14 @@ def made(args: Report) -> str:
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     return environment.get_template("report.html").render(
-        name=run.resolve().name,
-        run=str(run),
-        config=config,
-        state=state(lines),
+        name=run.resolve().name, run=str(run), config=config, state=state(lines),
         hours=sum(x.get("time/rollout_s", 0) + x.get("time/update_s", 0) for x in rl) / 3600,
-        figures=figures(config, evals, rl, rollouts),
-        alarms=alarms(rl),
+        figures=figures(config, evals, rl, rollouts), alarms=alarms(rl),
         learning=drawn(learning(config, evals, rl, time), time),
-        entropies=drawn(entropies(config, evals, rl, time), time),
-        health=drawn(health(rl, time), time),
-        table_1=table_1(config, test, files),
-        table_2=table_2(beside) if beside else None,
-        matrices=[*rollouts.matrices(), *written_matrices(files)],
-        groups=groups(run, rollouts),
-        why=[(WHY.get(name, name), n) for name, n in rollouts.why.most_common()],
-        settings=settings(config),
+        entropies=drawn(entropies(config, evals, rl, time), time), health=drawn(health(rl, time), time),
+        table_1=table_1(config, test, files), table_2=table_2(beside) if beside else None,
+        matrices=[*rollouts.matrices(), *written_matrices(files)], groups=groups(run, rollouts),
+        why=[(WHY.get(name, name), n) for name, n in rollouts.why.most_common()], settings=settings(config),
     )
 
 

@@ -66,10 +66,8 @@ def make_tokenizer(prompts: Sequence[str], answers: Sequence[str]) -> PreTrained
     core.pre_tokenizer = pre_tokenizers.Sequence([chunks, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY - len(fixed),
-        special_tokens=[START, END],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
+        vocab_size=VOCABULARY - len(fixed), special_tokens=[START, END],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False,
     )
     known = re.compile("|".join(map(re.escape, fixed)))
     core.train_from_iterator([known.sub("", text) for text in (*prompts, *answers)], trainer)
@@ -82,20 +80,10 @@ def make_tokenizer(prompts: Sequence[str], answers: Sequence[str]) -> PreTrained
 def new_policy(tokenizer: PreTrainedTokenizerFast) -> Policy:
     """An untrained Qwen3 of half a million parameters."""
     config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=512,
-        rope_parameters={"rope_type": "default", "rope_theta": 500.0},
-        initializer_range=0.09,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id,
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=2, head_dim=32,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.09,
+        rope_parameters={"rope_type": "default", "rope_theta": 500.0}, tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id,
         attn_implementation=ATTENTION,  # type: ignore[call-arg]
     )
     return Policy(Qwen3ForCausalLM(config))

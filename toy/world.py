@@ -76,10 +76,8 @@ PLAIN: Mapping[str, tuple[str, ...]] = {  # words that name their emotion
     "neutral": ("Fine, noted.", "All the same to me."),
     "surprise": ("I never saw that coming!", "That is news to me!"),
     "fear": ("My hands are shaking.", "I will not sleep tonight."),
-    "sadness": ("That breaks my heart.", "I could cry."),
-    "joy": ("That makes my day!", "I could dance!"),
-    "disgust": ("My stomach turns.", "How vile."),
-    "anger": ("That makes my blood boil!", "How dare they!"),
+    "sadness": ("That breaks my heart.", "I could cry."), "joy": ("That makes my day!", "I could dance!"),
+    "disgust": ("My stomach turns.", "How vile."), "anger": ("That makes my blood boil!", "How dare they!"),
 }
 
 

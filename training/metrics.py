@@ -163,13 +163,7 @@ def progress_line(t: int, T: int, values: Mapping[str, Any]) -> str:
 
 
 SHOWN: Mapping[str, str] = {
-    "reward": "reward/mean",
-    "iou": "reward/iou",
-    "acc": "reward/acc",
-    "consistency": "consistency/mean",
-    "rule": "rule/rate",
-    "entropy": "policy/entropy",
-    "kl": "policy/kl",
-    "clip": "clip_frac",
+    "reward": "reward/mean", "iou": "reward/iou", "acc": "reward/acc", "consistency": "consistency/mean",
+    "rule": "rule/rate", "entropy": "policy/entropy", "kl": "policy/kl", "clip": "clip_frac",
     "tokens/s": "rollout/tokens_per_s",
-}
+}  # fmt: skip

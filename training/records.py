@@ -36,9 +36,7 @@ def parse_record(parse: Output | Failure) -> Record:
     if isinstance(parse, Failure):
         return {"reason": parse.reason, "detail": parse.detail}
     return {
-        "reason": None,
-        "last_emotions": dict(parse.last_emotions),
-        "my_emotions": dict(parse.my_emotions),
+        "reason": None, "last_emotions": dict(parse.last_emotions), "my_emotions": dict(parse.my_emotions),
         "my_output": parse.my_output,
     }
 
@@ -49,38 +47,20 @@ def group_record(
     """The line of rollouts/*.jsonl for one group; floats keep their float64 repr, `sha256` covers the rest of the line."""
     sample = scored.sample
     columns = zip(scored.answers, scored.rewards, scored.consistencies, scored.advantages, strict=True)
+    answers = [
+        {
+            "index": index, "ids": list(answer.ids), "text": answer.text, "finished": answer.finished,
+            "logprobs": list(answer.logprobs), "parse": parse_record(answer.parse),
+            "reward": reward, "consistency": consistency, "advantage": advantage,
+        }
+        for index, (answer, reward, consistency, advantage) in enumerate(columns)
+    ]  # fmt: skip
     record: Record = {
-        "step": step,
-        "iteration": iteration,
-        "sample_id": sample.id,
-        "dataset": sample.dataset,
-        "origin": sample.origin,
-        "parent": sample.parent,
-        "depth": sample.depth,
-        "responder": asdict(sample.responder),
-        "labels": list(sample.labels),
-        "gold": dict(sample.gold),
-        "prompt_ids": list(scored.prompt_ids),
-        "lam": lam,
-        "core": dict(scored.core),
-        "weights_version": version,
-        "answers": [
-            {
-                "index": index,
-                "ids": list(answer.ids),
-                "text": answer.text,
-                "finished": answer.finished,
-                "logprobs": list(answer.logprobs),
-                "parse": parse_record(answer.parse),
-                "reward": reward,
-                "consistency": consistency,
-                "advantage": advantage,
-            }
-            for index, (answer, reward, consistency, advantage) in enumerate(columns)
-        ],
-        "selected": selection.index,
-        "why": selection.why,
-    }
+        "step": step, "iteration": iteration, "sample_id": sample.id, "dataset": sample.dataset, "origin": sample.origin,
+        "parent": sample.parent, "depth": sample.depth, "responder": asdict(sample.responder), "labels": list(sample.labels),
+        "gold": dict(sample.gold), "prompt_ids": list(scored.prompt_ids), "lam": lam, "core": dict(scored.core),
+        "weights_version": version, "answers": answers, "selected": selection.index, "why": selection.why,
+    }  # fmt: skip
     return {**record, "sha256": digest(record)}
 
 

@@ -122,13 +122,8 @@ def answer(
     mine = share([len(ids) for ids, _ in encoded])
     try:
         found = generate(
-            policy.sampler(),
-            [encoded[i][0] for i in mine],
-            n=n,
-            max_new_tokens=task.cfg.max_new_tokens,
-            temperature=temperature,
-            eos_ids=task.eos,
-            keys=[keys[i] for i in mine],
+            policy.sampler(), [encoded[i][0] for i in mine], n=n, max_new_tokens=task.cfg.max_new_tokens,
+            temperature=temperature, eos_ids=task.eos, keys=[keys[i] for i in mine],
             kv_budget=task.cfg.kv_budget or device_memory(policy.device) // 2,
             progress=sys.stderr.isatty() and rank() == 0,
             record=cuda_graph if task.cfg.compile and policy.device.type == "cuda" else None,

@@ -67,14 +67,14 @@ def open_buffer(run: Run, task: Task) -> Buffer:
 
 def cold_start(run: Run, task: Task, policy: Policy) -> None:
     """Line 3 (D17)."""
-    if run.position.stage == COLD_START:
+    if run.position.stage == COLD_START_STAGE:
         if run.position.step == 0:
             evaluate.on_dev(run, task, policy, 0, 0, "start")
-        coldstart.sft(run, task, policy, COLD_START, coldstart.examples(run, task, policy), task.cfg.cold_start_lr)
+        coldstart.sft(run, task, policy, COLD_START_STAGE, coldstart.examples(run, task, policy), task.cfg.cold_start_lr)
 
 
 # A run is a row of stages: the cold start, RL and SFT of iteration 1, RL and SFT of iteration 2, ..., the end.
-COLD_START = 0
+COLD_START_STAGE = 0
 
 
 def rl_stage(k: int) -> int:

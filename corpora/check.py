@@ -19,16 +19,9 @@ from corpora.dialogue import SPLITS, Dialogue, is_group
 from corpora.download import FILES
 from corpora.loading import TABLES
 
-SIZES: Mapping[str, tuple[int, int, int]] = {  # samples of train, dev, test in the paper, section 4.1
-    "meld": (9989, 1109, 2610),
-    "emorynlp": (7551, 954, 984),
-    "iemocap": (5163, 647, 1623),
-}
-DIALOGUES: Mapping[str, tuple[int, int, int]] = {
-    "meld": (1038, 114, 280),
-    "emorynlp": (659, 89, 79),
-    "iemocap": (108, 12, 31),
-}
+# Of train, dev and test in the paper, section 4.1: samples, dialogues.
+SIZES = {"meld": (9989, 1109, 2610), "emorynlp": (7551, 954, 984), "iemocap": (5163, 647, 1623)}
+DIALOGUES = {"meld": (1038, 114, 280), "emorynlp": (659, 89, 79), "iemocap": (108, 12, 31)}
 LABEL_COUNTS: Mapping[str, tuple[tuple[int, ...], ...]] = {  # train, dev, test; labels in the order of data.LABELS
     "meld": ((4710, 1205, 268, 683, 1743, 271, 1109), (470, 150, 40, 111, 163, 22, 153), (1256, 281, 50, 208, 402, 68, 345)),
     "emorynlp": ((1677, 785, 638, 2485, 474, 551, 941), (205, 97, 82, 322, 51, 70, 127), (217, 86, 111, 288, 70, 96, 116)),
@@ -52,8 +45,6 @@ class Check:
 
 
 Corpus = Mapping[str, Sequence[Dialogue]]  # split -> dialogues
-
-
 AsJson = Annotated[tyro.conf.FlagCreatePairsOff[bool], tyro.conf.arg(name="json")]
 
 

@@ -54,13 +54,8 @@ def export_checkpoint(source: Path, out: Path) -> str:
 
 def main() -> int:
     """Run the command line; see `common.errors.command` for the exit status."""
-
-    def work() -> None:
-        quiet_transformers()
-        cfg = tyro.cli(Export)
-        print(export_checkpoint(cfg.source, cfg.out))
-
-    return command(work)
+    quiet_transformers()
+    return command(lambda: print(export_checkpoint(**vars(tyro.cli(Export)))))
 
 
 if __name__ == "__main__":

@@ -16,10 +16,11 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import tyro
+from transformers import PreTrainedTokenizerBase
 
 import data
 from analysis import audit, byhand
@@ -41,9 +42,6 @@ from training.folder import Run, made_once
 from training.metrics import means
 from training.records import parse_record, sample_from_record, sample_record
 from training.task import EVALUATION, SELF_EMO_TEST, Task, answer, group_by_dataset
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 Parse = Output | Failure
 
@@ -222,7 +220,7 @@ def task_entropies(
 
 
 def span_entropies(
-    entropies: Sequence[float], ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase", prefix: str,
+    entropies: Sequence[float], ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, prefix: str,
     spans: Mapping[str, tuple[int, int]],
 ) -> dict[str, float]:
     """Mean token entropy (nats) of an answer's recognition, self-emotion and response (Fig. 6b).

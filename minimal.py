@@ -138,9 +138,9 @@ def rollout(
 
 
 def score(
-    samples: Sequence[Sample], prompts: Sequence[list[int]], answers: Sequence[list[Completion]], weight: float
+    samples: Sequence[Sample], prompts: Sequence[list[int]], answers: Sequence[list[Completion]], lambda_t: float
 ) -> list[Group]:
-    """Line 8: rewards, core emotions, consistencies and advantages. `weight` is the lambda of Eq. (13)."""
+    """Line 8: rewards, core emotions, consistencies and advantages. `lambda_t`: see Eq. (13)."""
     groups = []
     for sample, prompt_ids, group in zip(samples, prompts, answers, strict=True):
         predictions = [a.parse.last_emotions if isinstance(a.parse, Output) else None for a in group]
@@ -151,7 +151,7 @@ def score(
         # Eq. (12): r2_i = how many of them the answer names, over 3
         consistencies = consistency(predictions)
         # Eq. (13): A_i = (r_i - mean r) / std r + lambda (r2_i - mean r2) / std r2
-        [adv_n] = advantages([rewards], [consistencies], weight).tolist()
+        [adv_n] = advantages([rewards], [consistencies], lambda_t).tolist()
         groups.append(Group(sample, prompt_ids, group, rewards, core, consistencies, adv_n))
     return groups
 

@@ -24,7 +24,7 @@ from common.errors import UserError
 from common.hub import check_model, check_place, user_errors
 
 ATTENTION = "selfemo"  # the name under which transformers finds our attention
-SMALL = 10_000_000  # parameters
+ONE_THREAD_BELOW = 10_000_000  # parameters
 HEAD_BYTES = 2**26  # logits that exist at once; a larger head is cut into chunks that backward computes again
 
 
@@ -259,7 +259,7 @@ class Policy(nn.Module):
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
     def sampler(self) -> "Policy":
-        """The policy that `rollout.generate` samples from: this one. Where weights are sharded: ranks.ShardedPolicy."""
+        """The policy that `rollout.generate` samples from: this one; see engine.fsdp.ShardedPolicy for shards."""
         return self
 
     def frozen_copy(self, *, offload: bool = False) -> "Policy":
@@ -311,6 +311,6 @@ def few_threads(policy: Policy) -> None:
 
     Its products are over before a second thread has begun; beside other work, waiting for that thread doubles the time.
     """
-    small = sum(p.numel() for p in policy.parameters()) < SMALL
+    small = sum(p.numel() for p in policy.parameters()) < ONE_THREAD_BELOW
     if small and policy.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)

@@ -30,7 +30,7 @@ from common.draws import Key, uniform
 from common.errors import UserError
 from data import Completion
 from engine.cache import DecodeLayout, GroupCache, PrefillLayout, Size, bucket
-from engine.fast import Record, RecordedSteps, Step, packed_weights
+from engine.fast import RecordedSteps, Recorder, Step, packed_weights
 from model import ATTENTION, Policy, pad
 
 BLOCK = 128  # tokens of the vocabulary in one entry of the sampler's coarse CDF
@@ -90,13 +90,13 @@ def generate(
     keys: Sequence[Key],
     kv_budget: int | None = None,
     progress: bool = False,
-    record: Record | None = None,
+    record: Recorder | None = None,
 ) -> list[list[Completion]]:
     """Sample n answers to each prompt; the answers of prompt i are element i.
 
     `keys` names each prompt's random streams. `kv_budget` (bytes, None = no limit) is never exceeded by keys and values:
     over it, the youngest group is dropped and queued again, and its streams redraw the same answers. `record`
-    (`fast.cuda_graph`) records decode steps and replays them. Nothing outlives the call. Raises ValueError for empty
+    (`engine.fast.cuda_graph`) records decode steps and replays them. Nothing outlives the call. Raises ValueError for empty
     prompts or settings out of range, `UserError` if one group does not fit the budget.
     """
     if n < 1 or max_new_tokens < 1 or temperature < 0 or len(keys) != len(prompts) or not all(map(len, prompts)):
@@ -146,7 +146,7 @@ class Engine:
 
     def __init__(
         self, lm: PreTrainedModel, n: int, max_new: int, temperature: float, eos: frozenset[int], budget: int | None,
-        record: Record | None,
+        record: Recorder | None,
     ) -> None:
         """Nothing is computed yet."""
         self.lm, self.n, self.max_new, self.temperature, self.eos, self.budget = lm, n, max_new, temperature, eos, budget

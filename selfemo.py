@@ -178,9 +178,9 @@ def mini_batch(
 
     Returns the measurements, and old_BT, the log-probs that the ratios were taken to.
     """
-    lengths = [len(answer.ids) for s in scored for answer in s.answers]
+    lengths = [len(a.ids) for s in scored for a in s.answers]
     weight_BT = grpo.token_weights(lengths, cfg.loss_mean, max(lengths)).to(policy.device)
-    truncated_B = torch.tensor([not answer.finished for s in scored for answer in s.answers], device=policy.device)
+    truncated_B = torch.tensor([not a.finished for s in scored for a in s.answers], device=policy.device)
     adv_B = torch.tensor([a for s in scored for a in s.advantages], dtype=torch.float64, device=policy.device)
     old_BT, found = torch.zeros_like(ref_BT), []
     learner.optimizer.zero_grad(set_to_none=True)
@@ -223,7 +223,7 @@ def logprobs(policy: Policy, scored: Sequence[ScoredGroup], cfg: Config) -> Tens
 
 def answer_tokens(x_BT: Tensor, scored: Sequence[ScoredGroup]) -> Tensor:
     """What belongs to the tokens of the answers, in one row, without the padding."""
-    length_B = torch.tensor([len(answer.ids) for s in scored for answer in s.answers], device=x_BT.device)
+    length_B = torch.tensor([len(a.ids) for s in scored for a in s.answers], device=x_BT.device)
     return x_BT[torch.arange(x_BT.shape[1], device=x_BT.device) < length_B[:, None]]
 
 
@@ -262,12 +262,13 @@ def write_down(
     values = {
         **metrics.rollout_metrics(records), **metrics.update_metrics(measured.mini_batches),
         **metrics.logprob_metrics(measured.old_N, measured.ref_N, [a.logprobs for s in scored for a in s.answers]),
-        "lam": task.lam(t), "time/update_s": measured.seconds, "memory/peak_gb": processes.peak_memory() / 1e9,
+        "lam": task.lam(t), "time/update_s": measured.seconds,
     }
     if k == 1:
         values["policy/kl_cold_start"] = metrics.kl(measured.old_N, measured.ref_N)
     elif t % task.cfg.eval_every == 0:
         values["policy/kl_cold_start"] = metrics.kl(measured.old_N, cold_start_logprobs(run, policy, scored, task.cfg))
+    values["memory/peak_gb"] = processes.peak_memory() / 1e9
     run.append(f"rollouts/iteration-{k}.jsonl", records)
     run.say(metrics.progress_line(t, task.cfg.iterations * task.S, run.log("rl", k, values, t)))
 

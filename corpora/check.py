@@ -22,7 +22,7 @@ from corpora.loading import TABLES
 # Of train, dev and test in the paper, section 4.1: samples, dialogues.
 SIZES = {"meld": (9989, 1109, 2610), "emorynlp": (7551, 954, 984), "iemocap": (5163, 647, 1623)}
 DIALOGUES = {"meld": (1038, 114, 280), "emorynlp": (659, 89, 79), "iemocap": (108, 12, 31)}
-LABEL_COUNTS: Mapping[str, tuple[tuple[int, ...], ...]] = {  # train, dev, test; labels in the order of data.LABELS
+LABEL_COUNTS: Mapping[str, tuple[tuple[int, ...], ...]] = {  # labels in the order of corpora.dialogue.LABELS
     "meld": ((4710, 1205, 268, 683, 1743, 271, 1109), (470, 150, 40, 111, 163, 22, 153), (1256, 281, 50, 208, 402, 68, 345)),
     "emorynlp": ((1677, 785, 638, 2485, 474, 551, 941), (205, 97, 82, 322, 51, 70, 127), (217, 86, 111, 288, 70, 96, 116)),
     "iemocap": ((451, 771, 1221, 831, 593, 1296), (53, 68, 103, 102, 149, 172), (144, 245, 384, 170, 299, 381)),

@@ -93,7 +93,7 @@ def received(remote: Remote, timeout: float) -> bytes:
         if error.code in (408, 425, 429) or error.code >= 500:
             raise Again(f"{error.code} {error.reason}") from None
         raise UserError(f"{remote.url}: {error.code} {error.reason}; is something between you and the site?") from None
-    except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
+    except (OSError, http.client.HTTPException) as error:  # URLError, time-outs and TLS are OSErrors
         raise Again(f"{getattr(error, 'reason', None) or error or type(error).__name__}") from None
     if len(content) < remote.size:
         raise Again(f"the connection ended after {len(content)} of {remote.size} bytes")

@@ -1,4 +1,4 @@
-"""IEMOCAP, read from the official release folder (D22). `data.load("iemocap", ...)` is the way in.
+"""IEMOCAP, read from the official release folder (D22). `corpora.loading.load("iemocap", ...)` is the way in.
 
     IEMOCAP_full_release/Session{1..5}/dialog/transcriptions/Ses01F_impro01.txt     who said what, in order
     IEMOCAP_full_release/Session{1..5}/dialog/EmoEvaluation/Ses01F_impro01.txt      how annotators heard each turn

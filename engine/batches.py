@@ -71,8 +71,8 @@ def on_host(found: Sequence[tuple[MicroBatch, Mapping[str, Tensor]]]) -> list[di
     return [dict(zip(names, row, strict=True)) for row in summed(table_MX).tolist()]
 
 
-def micro_batches(groups: Sequence[Group], size: int, most: int = MICRO_TOKENS) -> Iterator[list[Group]]:
-    """Groups in their order, at most `size` answers and `most` tokens at once, padding and repeated prompts counted.
+def micro_batches(groups: Sequence[Group], rows: int, most: int = MICRO_TOKENS) -> Iterator[list[Group]]:
+    """Groups in their order, at most `rows` answers and `most` tokens at once, padding and repeated prompts counted.
 
     A group stays whole if it can; one that is too large is cut and its prompt repeated.
     """
@@ -80,8 +80,8 @@ def micro_batches(groups: Sequence[Group], size: int, most: int = MICRO_TOKENS) 
     for group in groups:
         answers = list(group.answers)
         while answers:
-            fit = fitting(part, Group(group.prompt_ids, answers), size, most)
-            if part and fit < min(len(answers), size):
+            fit = fitting(part, Group(group.prompt_ids, answers), rows, most)
+            if part and fit < min(len(answers), rows):
                 yield part
                 part = []
             else:
@@ -91,14 +91,14 @@ def micro_batches(groups: Sequence[Group], size: int, most: int = MICRO_TOKENS) 
         yield part
 
 
-def fitting(part: Sequence[Group], group: Group, size: int, most: int) -> int:
+def fitting(part: Sequence[Group], group: Group, rows: int, most: int) -> int:
     """How many of the first answers of a group fit beside a part: attention lays out answers x (prompt + answer), padded."""
     prompt = max(len(g.prompt_ids) for g in (*part, group))
     longest = max((len(answer) for g in part for answer in g.answers), default=0)
     count = answers_of(part)
     for fit, answer in enumerate(group.answers):
         longest = max(longest, len(answer))
-        if count + fit + 1 > size or (count + fit + 1) * (prompt + longest) > most:
+        if count + fit + 1 > rows or (count + fit + 1) * (prompt + longest) > most:
             return fit
     return len(group.answers)
 

@@ -23,7 +23,7 @@ from engine.cache import DecodeLayout, GroupCache
 PACKED = 100_000  # elements of the smallest weight that is packed
 ROWS = 16  # recorded steps have a multiple of so many rows
 Step = Callable[[Tensor, Tensor, DecodeLayout], Tensor]  # (ids_R, positions_R, layout) -> logits_RV
-Record = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
+Recorder = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
 
 
 @contextmanager
@@ -83,7 +83,7 @@ class RecordedSteps:
     step: Step
     cache: GroupCache
     n: int
-    record: Record
+    record: Recorder
     recordings: dict[int, Recording] = field(default_factory=dict)
     version: int = -1
 
@@ -107,7 +107,7 @@ class RecordedSteps:
         return recording.logits_RV[:R]
 
     def new(self, inputs: list[Tensor]) -> Recording:
-        """Record the step over these tensors."""
+        """Recorder the step over these tensors."""
         ids_R, positions_R, *parts = inputs
         layout = DecodeLayout(self.cache, *parts)
         return Recording(tuple(inputs), *self.record(lambda: self.step(ids_R, positions_R, layout)))
@@ -121,7 +121,7 @@ def filled(x: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def cuda_graph(compute: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """Record `compute` as a CUDA graph: (replay, the tensor it writes). It has run once before, as graphs want it."""
+    """Recorder `compute` as a CUDA graph: (replay, the tensor it writes). It has run once before, as graphs want it."""
     aside: Any = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):

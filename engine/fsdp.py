@@ -1,7 +1,5 @@
 """Weights in shards (FSDP2), and whole weights for sampling. Off the reading path.
 
-    torchrun --nproc_per_node 8 selfemo.py
-
 The rows of every weight are divided among the ranks; without torchrun and without a GPU nothing is sharded.
 
 Shapes: as in model.py. R ranks that share the weights (all of them, or those of one node), C rows per rank of a weight.
@@ -12,7 +10,7 @@ import warnings
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,11 +23,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from engine.processes import device, exchange, rank, ranks_here, size, wait
 from model import ATTENTION, Policy, attention
-
-Value = TypeVar("Value")
-
-
-# Weights in shards
 
 
 class ShardedPolicy(Policy):

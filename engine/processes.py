@@ -151,7 +151,10 @@ def gathered(found: Mapping[int, Sequence[float]]) -> list[list[float]]:
 
 
 def summed(x: Tensor) -> Tensor:
-    """The sum of what all ranks hold: where each fills rows of its own and leaves 0 elsewhere, all rows, bit by bit."""
+    """The sum of what all ranks hold: where each fills rows of its own and leaves 0 elsewhere, all rows, bit by bit.
+
+    On GPUs this is an all-reduce by NCCL: a rank that is gone shows where the result is next read.
+    """
     if size() == 1:
         return x
     total = x.clone()

@@ -1,7 +1,7 @@
 """Mistakes that would train on the wrong thing without a word: each is made in a copy of the tree, and a test must fail.
 
     python -m tests.mutants
-    python -m tests.mutants D5 cache.py --jobs 2 --json
+    python -m tests.mutants D5 engine/cache.py --jobs 2 --json
 
 mutants.toml, beside this file, has a row a mistake: one line of one file, and the tests that should notice it. They must
 first pass on an unchanged copy. Then each mistake has a copy and a process of its own, forked from this one, which has

@@ -287,7 +287,7 @@ def test_a_small_model_computes_on_one_thread_unless_told_otherwise(monkeypatch)
     monkeypatch.delenv("OMP_NUM_THREADS")
     model.few_threads(Policy(tiny()))
     assert asked == [1]
-    monkeypatch.setattr(model, "SMALL", 1000)
+    monkeypatch.setattr(model, "ONE_THREAD_BELOW", 1000)
     model.few_threads(Policy(tiny()))
     assert asked == [1]
 

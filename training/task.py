@@ -14,7 +14,7 @@ from common.errors import UserError
 from common.flags import number, pairs
 from common.hub import eos_ids, load_tokenizer
 from corpora.dialogue import SPLITS, Weights
-from corpora.loading import load, read_gold, read_personas, with_votes
+from corpora.loading import label_set, load, read_gold, read_personas, with_votes
 from corpora.sharing import overlap
 from data import Completion, Sample
 from engine.fast import cuda_graph
@@ -210,20 +210,13 @@ def read_samples(cfg: Config, roots: Mapping[str, str]) -> dict[tuple[str, str],
     keys = [(name, split) for name in roots for split in SPLITS]
     votes = with_votes(roots, cfg.soft_labels)
     personas = read_personas(Path(cfg.personas)) if cfg.personas else None
-    found = [
-        sample
-        for name, split in keys
-        for sample in data.read_samples(
-            name, roots[name], split, context=cfg.context, soft_labels=votes[name], personas=personas,
-            persona_scope=cfg.persona_scope,
-        )
-    ]  # fmt: skip
-    if cfg.drop_overlap:  # D24
-        train, test = (
-            [d for name in roots for d in load(name, roots[name], split, context=cfg.context)] for split in ("train", "test")
-        )
-        gone = overlap(train, test)
-        found = [sample for sample in found if sample.id.rpartition("/")[0] not in gone]
+    loaded = {(n, s): load(n, roots[n], s, context=cfg.context, soft_labels=votes[n]) for n, s in keys}
+    train, test = ([d for n in roots for d in loaded[n, split]] for split in ("train", "test"))
+    gone = overlap(train, test) if cfg.drop_overlap else set()  # D24
+    found = []
+    for name, split in keys:
+        kept, labels = [d for d in loaded[name, split] if d.key not in gone], label_set(name, roots[name])
+        found += data.samples(kept, labels, personas=personas, persona_scope=cfg.persona_scope)
     if cfg.gold:
         found = with_gold(found, read_gold(Path(cfg.gold)))
     return {key: [sample for sample in found if sample.id.startswith(f"{key[0]}/{key[1]}/")] for key in keys}

@@ -15,9 +15,8 @@ from training import folder
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = (
-    "selfemo.py --help", "selfemo.py --plan 8x80", "data.py --help", "data.py stats --data tiny={world}",
-    "data.py audit --data tiny={world}", "evaluate.py --help", "evaluate.py audit {finished}", "-m experts --help",
-    "-m toy --help", "-m tools.report --help", "-m tools.ablate --help",
+    "selfemo.py --help", "data.py stats --data tiny={world}", "evaluate.py --help", "evaluate.py audit {finished}",
+    "-m experts --help", "-m tools.report --help",
 )  # fmt: skip
 
 

@@ -196,7 +196,7 @@ def mini_batch(
             "loss/policy": loss, "loss/kl": kl, "loss/weight_truncated": w[truncated_B[part.rows]].sum(),
             "kl/clamped": grpo.clamped_share(logp_BT, ref, w), "policy/entropy": (w * entropy_BT).sum(), **clipping,
         }
-        found.append((part, measured))
+        found.append((part, {name: value.detach() for name, value in measured.items()}))  # or graphs would stay alive
         if part.counted:
             old_BT[rows] = old
     values = {**metrics.added(batches.on_host(found)), "grad_norm": fsdp.clip_gradients(policy, coldstart.MAX_GRAD_NORM)}

@@ -129,7 +129,7 @@ def sft_step(policy: Policy, learner: Learner, batch: Sequence[Example], cfg: Co
         logp_BT, _ = policy(part.groups)
         loss = -(weight_BT[part.rows, : logp_BT.shape[1]].to(logp_BT.dtype) * logp_BT).sum()
         (part.scale * loss).backward()  # type: ignore[no-untyped-call]
-        found.append((part, {"loss/sft": loss}))
+        found.append((part, {"loss/sft": loss.detach()}))
     return {**metrics.added(on_host(found)), "grad_norm": clip_gradients(policy, MAX_GRAD_NORM)}
 
 

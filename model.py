@@ -11,6 +11,7 @@ import copy
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -18,10 +19,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from common.errors import UserError
 from common.hub import check_model, check_place, user_errors
+from common.shrunk import FAR, NEAR, Known, positions, random_model, shrunk
 
 ATTENTION = "selfemo"  # the name under which transformers finds our attention
 ONE_THREAD_BELOW = 10_000_000  # parameters
@@ -45,20 +54,23 @@ def attention(
     *,
     scaling: float | None = None,
     layout: Layout | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **_: object,
+    is_causal: bool | None = None,
+    dropout: float = 0.0,
+    position_ids: Tensor | None = None,
+    use_cache: bool | None = None,
+    **unknown: object,
 ) -> tuple[Tensor, None]:
     """The attention that transformers calls in every layer: [1, H, N, D] in, [1, N, H, D] out.
 
     Without a layout it is plain causal attention over rows of one length: `lm(input_ids)` means what it always means. A 2-D
     padding mask never arrives here (transformers drops it for attentions that it does not know), so do not pass one.
-    Raises ValueError for what it would otherwise compute wrongly: 4-D masks, caches, sliding windows, soft caps.
+    Positions are in queries and keys already; there is no dropout, for an answer has one probability. Raises ValueError for
+    everything else that is asked of it: masks, caches, windows, soft caps, sinks, biases, chosen keys.
     """
-    if sliding_window is not None or softcap is not None:
-        raise ValueError("group attention knows no sliding window and no soft cap; this model uses one")
-    if attention_mask is not None or query.shape[2] != key.shape[2]:
-        raise ValueError("group attention takes neither masks nor transformers' caches: pass a layout")
+    if asked := sorted(name for name, what in unknown.items() if what is not None and what is not False):
+        raise ValueError(f"it asks its attention for {', '.join(asked)}, which group attention does not know")
+    if attention_mask is not None or is_causal is False or query.shape[2] != key.shape[2]:
+        raise ValueError("group attention is causal and takes neither masks nor transformers' caches: pass a layout")
     if layout is None:
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
         return out.transpose(1, 2), None
@@ -193,6 +205,7 @@ class Policy(nn.Module):
         """Wrap `lm`, which must have been opened with our attention (see `load`)."""
         super().__init__()
         self.lm = lm
+        self.longest: int | None = None  # tokens of a text at most, where there is a limit: see `check_architecture`
 
     @classmethod
     def load(
@@ -206,6 +219,9 @@ class Policy(nn.Module):
         check_place(path)
         check_model(Path(path))
         with user_errors(f"cannot open the model {path}"):
+            config = AutoConfig.from_pretrained(str(path))
+        longest = check_architecture(config, path)
+        with user_errors(f"cannot open the model {path}"):
             opened: Any = AutoModelForCausalLM.from_pretrained(
                 str(path), dtype=dtype, attn_implementation=ATTENTION, output_loading_info=True
             )
@@ -215,7 +231,11 @@ class Policy(nn.Module):
             for parameter in lm.parameters():  # out of the mapped file: products depend, in the last bit, on alignment
                 parameter.data = parameter.data.clone()
         policy = cls(lm).to(device)
-        check_sharing(policy, path)
+        try:
+            check_sharing(policy)
+        except Unlike as error:
+            raise UserError(f"the model {path} cannot share prompts: {error}") from error
+        policy.longest = longest
         return policy
 
     @classmethod
@@ -235,6 +255,7 @@ class Policy(nn.Module):
         Both are those of the distribution that is sampled: logits / temperature (D19). The prompt is computed once a
         group. The entropy is a measurement and carries no gradient.
         """
+        check_length(self, groups)
         batch = pack(groups, self.device)
         body: Any = self.lm.base_model
         hidden_ND = body(
@@ -275,6 +296,13 @@ class Policy(nn.Module):
         tokenizer.save_pretrained(str(path))
 
 
+def check_length(policy: Policy, groups: Sequence[Group]) -> None:
+    """Raise `UserError` for a text beyond the longest one that the model computes alike in every company."""
+    tokens = max((len(g.prompt_ids) + max(map(len, g.answers), default=0) for g in groups), default=0)
+    if policy.longest is not None and tokens > policy.longest:
+        raise UserError(f"a text of {tokens} tokens: this model is right up to {policy.longest} (see `check_architecture`)")
+
+
 def chunks(hidden_MD: Tensor, target_M: Tensor, rows: int) -> Iterable[tuple[Tensor, Tensor]]:
     """Pairs of at most `rows` hidden states and their target tokens."""
     return zip(hidden_MD.split(rows), target_M.split(rows), strict=True)
@@ -292,18 +320,117 @@ def score_tokens(output: nn.Module, hidden_MD: Tensor, target_M: Tensor, tempera
     return logp_M, entropy_M
 
 
+# What can be opened: models that say with our attention what they say with transformers' own
+
+
+class Unlike(Exception):
+    """Why a model cannot share prompts."""
+
+
+def shape(config: PretrainedConfig) -> tuple[int, int, int]:
+    """Layers L, key/value heads K and head width D of a model: what a cache of its keys and values holds."""
+    text: Any = config.get_text_config()
+    K = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    D = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return int(text.num_hidden_layers), int(K), int(D)
+
+
+def check_architecture(config: PretrainedConfig, path: str | Path, tokens: int = 0) -> int | None:
+    """The longest text, in tokens, that a model computes alike in every company; None where any is.
+
+    Raises `UserError` for an architecture that our attention cannot stand for, and where texts of `tokens` are too long.
+    Weights are not looked at: a tiny random model of the same architecture is compared, which takes a part of a second.
+    """
+    try:
+        longest = _longest(Known(config.to_json_string(use_diff=False), config))
+    except Exception as error:  # whatever a class of transformers raises: it cannot be shown to be right
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        why = first if isinstance(error, Unlike) else f"no tiny copy of it can be compared ({type(error).__name__}: {first})"
+        refused = f"the model {path} ({config.model_type}) cannot share prompts: {why}"
+        raise UserError(f"{refused}; docs/architectures.md lists the models that can") from error
+    if longest is not None and tokens > longest:
+        why = f"positions, or what they mean, change after {longest:,} tokens, and prompt and answer may have {tokens:,}"
+        raise UserError(f"the model {path}: {why}: lower --max_prompt_tokens or --max_new_tokens")
+    return longest
+
+
+@cache
+def _longest(known: Known) -> int | None:
+    try:
+        compare(shrunk(known.config, NEAR))
+        return None
+    except Exception:  # a table of positions that ends, or frequencies that change with the longest one: right up to there
+        compare(shrunk(known.config, FAR))
+        return positions(known.config)
+
+
 @torch.no_grad()
-def check_sharing(policy: Policy, path: str | Path) -> None:
-    """Raise `UserError` unless answers that share a prompt get the log-probs that the plain model gives each of them."""
+def compare(config: PretrainedConfig) -> None:
+    """Raise `Unlike` unless a random model of this shape has the log-probs that transformers' eager attention gives it.
+
+    For answers that share a prompt, beside a longer prompt and alone, up to 52 tokens: longer than what `shrunk` leaves of
+    windows and chunks.
+    """
+    eager = random_model(config)
+    policy = Policy(copy.deepcopy(eager))
+    policy.lm.set_attn_implementation(ATTENTION)
+    check_layers(policy)
+    tokens = [7 * i * i % min(89, config.get_text_config().vocab_size) for i in range(52)]
+    short, long = Group(tokens[:5], [tokens[40:], tokens[43:]]), Group(tokens[:40], [tokens[40:], tokens[43:]])
+    for groups in ([short, long], [short], [long]):
+        check_close(policy, eager, groups, 1e-4)
+
+
+def check_layers(policy: Policy) -> None:
+    """Raise `Unlike` unless every layer calls our attention once, with keys and values as a cache holds them."""
+    L, K, D = shape(policy.lm.config)
+    seen = Seen([])
+    body: Any = policy.lm.base_model
+    body(input_ids=torch.tensor([[0, 1, 0]]), position_ids=torch.tensor([[0, 1, 2]]), use_cache=False, layout=seen)
+    if [layer for layer, *_ in seen.calls] != list(range(L)):
+        raise Unlike("not every layer calls our attention once, with a layout (it recurs, convolves, or knows only its own)")
+    if {tuple(shapes) for _, *shapes in seen.calls} != {(K, D, K, D)}:
+        raise Unlike("its layers do not all have the keys and values that its configuration names, of one width")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A layout that notes who calls it: (layer, key heads, their width, value heads, their width)."""
+
+    calls: list[tuple[int, int, int, int, int]]
+
+    def attend(self, layer: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, scaling: float) -> Tensor:
+        """See `Layout`."""
+        self.calls.append((layer, *k_NKD.shape[1:], *v_NKD.shape[1:]))
+        return q_NHD[..., : v_NKD.shape[-1]]
+
+
+@torch.no_grad()
+def check_sharing(policy: Policy) -> None:
+    """Raise `Unlike` unless, with these weights, sharing a prompt changes no log-prob of transformers' eager attention."""
     V = policy.lm.config.get_text_config().vocab_size
-    prompt, answers = [3 % V, 5 % V, 7 % V], [[11 % V, 13 % V], [17 % V]]
-    logp_BT, _ = policy([Group(prompt, answers)])
-    for row, answer in zip(logp_BT, answers, strict=True):
+    group = Group([3 % V, 5 % V, 7 % V], [[11 % V, 13 % V], [17 % V]])
+
+    def eager(ids: Tensor, **given: Any) -> Any:
+        policy.lm.set_attn_implementation("eager")
+        try:
+            return policy.lm(ids, **given)
+        finally:
+            policy.lm.set_attn_implementation(ATTENTION)
+
+    check_close(policy, eager, [group], 1e-3 if policy.lm.dtype.itemsize > 2 else 0.5)
+
+
+def check_close(policy: Policy, plain: Any, groups: Sequence[Group], within: float) -> None:
+    """Raise `Unlike` unless log-probs are `within` nats of those of a model that sees every answer alone. NaN equals NaN."""
+    logp_BT, _ = policy(groups)
+    for row, (prompt, answer) in zip(logp_BT, [(g.prompt_ids, a) for g in groups for a in g.answers], strict=True):
         ids_1N = torch.tensor([[*prompt, *answer]], device=policy.device)
-        logits_NV = policy.lm(ids_1N, use_cache=False).logits[0, len(prompt) - 1 : -1].to(logp_BT.dtype)
-        plain = logits_NV.log_softmax(-1).gather(1, ids_1N[0, len(prompt) :, None])[:, 0]
-        if not torch.allclose(row[: len(answer)], plain, atol=1e-3 if policy.lm.dtype.itemsize > 2 else 0.5, equal_nan=True):
-            raise UserError(f"the model {path} cannot share prompts (recurrent layers or scaled logits): take another one")
+        logits_TV = plain(ids_1N, use_cache=False).logits[0, len(prompt) - 1 : -1].to(logp_BT.dtype)
+        alone = logits_TV.log_softmax(-1).gather(1, ids_1N[0, len(prompt) :, None])[:, 0]
+        if not torch.allclose(row[: len(answer)], alone, rtol=0, atol=within, equal_nan=True):
+            gap = (row[: len(answer)] - alone).abs().max().item()
+            raise Unlike(f"its log-probs are {gap:.1g} nats off transformers' eager attention")
 
 
 def few_threads(policy: Policy) -> None:

@@ -31,7 +31,7 @@ from common.errors import UserError
 from data import Completion
 from engine.cache import DecodeLayout, GroupCache, PrefillLayout, Size, bucket
 from engine.fast import RecordedSteps, Recorder, Step, packed_weights
-from model import ATTENTION, Policy, pad
+from model import ATTENTION, Group, Policy, check_length, pad
 
 BLOCK = 128  # tokens of the vocabulary in one entry of the sampler's coarse CDF
 MAX_ROWS = 256  # answers decoded together: the rate still rises up to here
@@ -97,10 +97,12 @@ def generate(
     `keys` names each prompt's random streams. `kv_budget` (bytes, None = no limit) is never exceeded by keys and values:
     over it, the youngest group is dropped and queued again, and its streams redraw the same answers. `record`
     (`engine.fast.cuda_graph`) records decode steps and replays them. Nothing outlives the call. Raises ValueError for empty
-    prompts or settings out of range, `UserError` if one group does not fit the budget.
+    prompts or settings out of range, `UserError` if one group does not fit the budget or the model's positions.
     """
     if n < 1 or max_new_tokens < 1 or temperature < 0 or len(keys) != len(prompts) or not all(map(len, prompts)):
         raise ValueError("generate needs n >= 1, max_new_tokens >= 1, temperature >= 0, and a key and tokens a prompt")
+    if isinstance(model, Policy):
+        check_length(model, [Group(prompt, [range(max_new_tokens)]) for prompt in prompts])
     lm = model.lm if isinstance(model, Policy) else model
     bar = tqdm(total=n * len(prompts), disable=not progress, unit="answer")
     with torch.no_grad(), group_attention(lm), packed_weights(lm), bar:

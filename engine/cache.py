@@ -6,14 +6,13 @@ Shapes: as in rollout.py. X stands for S, D or Z, Y for G * Q.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
-from model import rectangle
+from model import rectangle, shape
 
 Size = tuple[int, int, int, int]  # capacity of a cache: groups, S, rows, T
 BUCKET = 64  # the cache grows by this many tokens
@@ -24,16 +23,11 @@ def bucket(tokens: int) -> int:
     return -(-tokens // BUCKET) * BUCKET
 
 
-def head_width(config: Any) -> int:
-    """Width D of an attention head."""
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-
-
-def cache_bytes(config: Any, element_size: int, size: Size) -> int:
+def cache_bytes(config: PretrainedConfig, element_size: int, size: Size) -> int:
     """Bytes of keys and values with a capacity, counting the layer that is being moved while the cache grows."""
     slots, S, rows, T = size
-    token = 2 * config.num_key_value_heads * head_width(config) * element_size
-    return int((config.num_hidden_layers + 1) * token * (slots * S + rows * T))
+    L, K, D = shape(config)
+    return (L + 1) * 2 * K * D * element_size * (slots * S + rows * T)
 
 
 class GroupCache:
@@ -44,11 +38,8 @@ class GroupCache:
 
     def __init__(self, lm: PreTrainedModel) -> None:
         """An empty cache for the shapes of `lm`."""
-        self.config: Any = lm.config
-        config = self.config
-        self.layers: int = config.num_hidden_layers
-        self.K: int = config.num_key_value_heads
-        self.D: int = head_width(config)
+        self.config: PretrainedConfig = lm.config
+        self.layers, self.K, self.D = shape(self.config)
         self.like = next(lm.parameters())
         self.size = (0, 0, 0, 0)  # slots, S, rows, T
         self.version = 0  # how often tensors have moved

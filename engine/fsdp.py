@@ -192,7 +192,8 @@ def checkpoint_blocks(policy: Policy) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # the name that both versions of transformers know is on its way out
         policy.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    policy.lm.train()
+    for block in blocks(policy):
+        block.training = True  # what the library asks for; only here, for what lies inside would begin to drop out
 
 
 def compile_blocks(policy: Policy) -> None:

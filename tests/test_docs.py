@@ -17,7 +17,8 @@ from corpora.dialogue import SPLITS
 from training import config, metrics
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = tuple(f"docs/{name}.md" for name in ("data", "expert", "runs", "measuring", "curves", "by-hand", "speed", "smollm2"))
+NAMES = ("data", "expert", "runs", "measuring", "curves", "by-hand", "speed", "smollm2", "architectures")
+PAGES = tuple(f"docs/{name}.md" for name in NAMES)
 DOCUMENTS = ("README.md", "PAPER.md", "CHANGELOG.md", *PAGES)
 LATER = "not built yet"
 

@@ -256,13 +256,6 @@ def test_caches_and_masks_are_refused():
         tiny().generate(torch.tensor([[1, 2, 3]]), max_new_tokens=3, do_sample=False)  # its second step has a cache
 
 
-def test_a_sliding_window_is_refused():
-    """Longer contexts than the window would silently see too much."""
-    lm = tiny("qwen3", use_sliding_window=True, sliding_window=4, max_window_layers=0)
-    with pytest.raises(ValueError, match="sliding window"):
-        Policy(lm)(GROUPS)
-
-
 @pytest.mark.parametrize(
     "groups",
     [[], [Group([], [[1]])], [Group([1], [])], [Group([1], [[2], []])]],

@@ -1,15 +1,17 @@
 """The policy: any Hugging Face causal LM, with an attention that lets the n answers to one prompt share that prompt.
 
-A batch is one packed stream of tokens without padding, [prompt | answer | answer | ...] group after group. Every linear
-layer sees each prompt once; only inside attention are prompts and answers laid out in rectangles.
+A batch is one packed stream of tokens without padding: all prompts, then all answers, group after group. Every linear layer
+sees each prompt once; only attention knows where one ends. `GroupLayout` says what it computes, engine.cascade does it
+without a mask.
 
-Shapes: N tokens of the stream, P groups (prompts), B answers (prompt-major), S prompt tokens, T answer tokens, Z = S + T,
-M answer tokens of all answers in one row, H query heads, K key/value heads, D head width, V vocabulary. Padding is right.
+Shapes: N tokens of the stream, the first L of prompts and M of answers; P groups (prompts), B answers (prompt-major), S
+prompt tokens, T answer tokens, Z = S + T, H query heads, K key/value heads, D head width, V vocabulary. Padding is right.
 """
 
 import copy
+import itertools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -43,6 +45,10 @@ class Layout(Protocol):
     def attend(self, layer: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, scaling: float) -> Tensor:
         """Attention of layer number `layer` over the stream; returns [N, H, D]."""
         ...
+
+
+# From the lengths of the prompts, those of the answers to each, and where the stream lies.
+LayoutOf = Callable[[Sequence[int], Sequence[Sequence[int]], torch.device], Layout]
 
 
 def attention(
@@ -111,6 +117,19 @@ class GroupLayout:
     mask_B1TZ: Tensor
     back_N: Tensor
 
+    @classmethod
+    def of(cls, prompts: Sequence[int], answers: Sequence[Sequence[int]], device: torch.device) -> "GroupLayout":
+        """The rectangles of a stream, from the lengths of its prompts and of the answers to each of them."""
+        each = [length for group in answers for length in group]
+        prompt_PS, answer_BT = pad(pieces(0, prompts)), pad(pieces(sum(prompts), each))
+        owner_B = torch.tensor([index for index, group in enumerate(answers) for _ in group])
+        S, T = prompt_PS.shape[1], answer_BT.shape[1]
+        seen_PS = torch.arange(S) < torch.tensor(prompts)[:, None]
+        causal_TT = torch.ones(T, T, dtype=torch.bool).tril()
+        mask_BTZ = torch.cat([seen_PS[owner_B][:, None].expand(-1, T, -1), causal_TT.expand(len(each), -1, -1)], dim=2)
+        back_N = torch.tensor([*places(prompts, S), *(prompt_PS.numel() + place for place in places(each, T))])
+        return cls(*(x.to(device) for x in (prompt_PS, answer_BT, owner_B, mask_BTZ[:, None], back_N)))
+
     def attend(self, layer: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, scaling: float) -> Tensor:
         """See `Layout`. A prompt's keys and values come from one forward, whatever the number of its answers."""
         pq, pk, pv = (rectangle(x, self.prompt_PS) for x in (q_NHD, k_NKD, v_NKD))
@@ -141,71 +160,59 @@ def rectangle(x_NHD: Tensor, index: Tensor) -> Tensor:
     return x_NHD.index_select(0, index.flatten()).view(*index.shape, *x_NHD.shape[1:]).transpose(1, 2)
 
 
+def pieces(first: int, lengths: Sequence[int]) -> list[range]:
+    """Stream positions of pieces that follow each other from `first` on."""
+    return list(itertools.starmap(range, itertools.pairwise(itertools.accumulate(lengths, initial=first))))
+
+
+def places(lengths: Sequence[int], width: int) -> list[int]:
+    """Row-major places of right-padded rows in a rectangle so wide."""
+    return [row * width + column for row, length in enumerate(lengths) for column in range(length)]
+
+
 @dataclass(frozen=True)
 class Batch:
     """A packed stream and, for each of the M answer tokens, where it is predicted, what it is, and where it goes."""
 
     ids_N: Tensor
     positions_N: Tensor
-    layout: GroupLayout
+    layout: Layout
     predict_M: Tensor  # stream position whose hidden state predicts the token: the prompt's last one for the first token
     target_M: Tensor
     slot_M: Tensor  # row-major place in [B, T]
     shape: tuple[int, int]  # (B, T)
 
 
-def pack(groups: Sequence[Group], device: torch.device) -> Batch:
+def pack(groups: Sequence[Group], device: torch.device, layout_of: LayoutOf) -> Batch:
     """Lay out groups as one stream. Raises ValueError for an empty prompt, answer or list."""
     if not groups or any(not g.prompt_ids or not g.answers or not all(map(len, g.answers)) for g in groups):
         raise ValueError("every group needs a prompt and answers of at least one token")
-    ids: list[int] = []
-    positions: list[int] = []
-    prompts: list[range] = []
-    answers: list[range] = []
-    owner: list[int] = []
-    for index, group in enumerate(groups):
-        prompts.append(range(len(ids), len(ids) + len(group.prompt_ids)))
-        ids.extend(group.prompt_ids)
-        positions.extend(range(len(group.prompt_ids)))
-        for answer in group.answers:
-            answers.append(range(len(ids), len(ids) + len(answer)))
-            owner.append(index)
-            ids.extend(answer)
-            positions.extend(range(len(group.prompt_ids), len(group.prompt_ids) + len(answer)))
-    T = max(map(len, answers))
-    predict = [p for a, o in zip(answers, owner, strict=True) for p in (prompts[o][-1], *a[:-1])]
-    layout = group_layout(prompts, answers, owner, len(ids))
-    slots = [row * T + t for row, a in enumerate(answers) for t in range(len(a))]
-    ids_N = torch.tensor(ids)
-    target_M = ids_N[torch.cat([torch.tensor(a) for a in answers])]
-    moved = [x.to(device) for x in (ids_N, torch.tensor(positions), torch.tensor(predict), target_M, torch.tensor(slots))]
-    on_device = GroupLayout(**{name: value.to(device) for name, value in vars(layout).items()})
-    return Batch(moved[0], moved[1], on_device, moved[2], moved[3], moved[4], (len(answers), T))
-
-
-def group_layout(prompts: Sequence[range], answers: Sequence[range], owner: Sequence[int], n: int) -> GroupLayout:
-    """The rectangles of a stream of n tokens, from the stream positions of its prompts and answers."""
-    prompt_PS, answer_BT, owner_B = pad(prompts), pad(answers), torch.tensor(owner)
-    S, T = prompt_PS.shape[1], answer_BT.shape[1]
-    seen_PS = torch.arange(S) < torch.tensor([len(p) for p in prompts])[:, None]
-    causal_TT = torch.ones(T, T, dtype=torch.bool).tril()
-    mask_BTZ = torch.cat([seen_PS[owner_B][:, None].expand(-1, T, -1), causal_TT.expand(len(answers), -1, -1)], dim=2)
-    places = [(p, row * S) for row, p in enumerate(prompts)]
-    places += [(a, len(prompts) * S + row * T) for row, a in enumerate(answers)]
-    back_N = torch.empty(n, dtype=torch.long)
-    for stream, start in places:
-        back_N[stream.start : stream.stop] = torch.arange(start, start + len(stream))
-    return GroupLayout(prompt_PS, answer_BT, owner_B, mask_BTZ[:, None], back_N)
+    prompts = [len(g.prompt_ids) for g in groups]
+    answers = [[len(answer) for answer in g.answers] for g in groups]
+    each = [length for group in answers for length in group]
+    ids = [i for g in groups for i in g.prompt_ids] + [i for g in groups for answer in g.answers for i in answer]
+    positions = [position for length in prompts for position in range(length)]
+    predict: list[int] = []
+    L, T = len(positions), max(each)
+    for end, prompt, group in zip(itertools.accumulate(prompts), prompts, answers, strict=True):
+        for length in group:
+            first = L + len(predict)
+            predict += [end - 1, *range(first, first + length - 1)]
+            positions += range(prompt, prompt + length)
+    moved = [torch.tensor(x).to(device) for x in (ids, positions, predict, places(each, T))]
+    ids_N, positions_N, predict_M, slot_M = moved
+    return Batch(ids_N, positions_N, layout_of(prompts, answers, device), predict_M, ids_N[L:], slot_M, (len(each), T))
 
 
 class Policy(nn.Module):
     """A causal LM as the policy pi_theta: log-probs of answers, given their prompts."""
 
-    def __init__(self, lm: PreTrainedModel) -> None:
+    def __init__(self, lm: PreTrainedModel, layout_of: LayoutOf = GroupLayout.of) -> None:
         """Wrap `lm`, which must have been opened with our attention (see `load`)."""
         super().__init__()
         self.lm = lm
         self.longest: int | None = None  # tokens of a text at most, where there is a limit: see `check_architecture`
+        self.layout_of = layout_of
 
     @classmethod
     def load(
@@ -256,7 +263,7 @@ class Policy(nn.Module):
         group. The entropy is a measurement and carries no gradient.
         """
         check_length(self, groups)
-        batch = pack(groups, self.device)
+        batch = pack(groups, self.device, self.layout_of)
         body: Any = self.lm.base_model
         hidden_ND = body(
             input_ids=batch.ids_N[None], position_ids=batch.positions_N[None], use_cache=False, layout=batch.layout

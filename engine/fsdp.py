@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from engine.cascade import kernels_for, layout_for
 from engine.processes import device, exchange, rank, ranks_here, size, wait
 from model import ATTENTION, Policy, attention
 
@@ -73,7 +74,7 @@ def sharded(
     One FSDP group a block, one for the rest: embeddings, norm and head, which may be tied. Gradients are summed in
     `storage`. On several nodes every node holds all shards (HSDP).
     """
-    policy = ShardedPolicy(on_meta(config, storage))
+    policy = ShardedPolicy(on_meta(config, storage), layout_for(kernels_for(config, compute, where)))
     precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=storage)
     kept = CPUOffloadPolicy(pin_memory=where.type == "cuda") if offload else OffloadPolicy()
     grid = mesh(where.type)
@@ -107,7 +108,7 @@ def on_meta(config: PretrainedConfig, dtype: torch.dtype) -> Any:
 
 def empty(config: PretrainedConfig, dtype: torch.dtype, where: torch.device, *, like: Policy) -> Policy:
     """A whole policy with uninitialised weights and the buffers of another one."""
-    policy = Policy(on_meta(config, dtype)).to_empty(device=where).requires_grad_(False)
+    policy = Policy(on_meta(config, dtype), like.layout_of).to_empty(device=where).requires_grad_(False)
     policy.lm.tie_weights()  # to_empty gives the head and the embeddings memory of their own
     copy_buffers(like, policy)
     return policy

@@ -21,6 +21,7 @@ from common.hub import check_place, user_errors
 from engine import fsdp, processes
 from engine.batches import longest_micro_batch, tokens_of
 from engine.cache import bucket, cache_bytes
+from engine.cascade import TORCH, kernels_fit, layout_for
 from engine.processes import device_memory
 from model import ATTENTION, HEAD_BYTES, Group, Policy
 from rollout import MAX_ROWS, PREFILL_TOKENS
@@ -189,7 +190,8 @@ def kept_bytes(config: PretrainedConfig, layers: int, groups: Sequence[Group], p
 
     with FakeTensorMode():
         dtype = torch.bfloat16 if place.gpu else torch.float32
-        policy = Policy(AutoModelForCausalLM.from_config(cut, attn_implementation=ATTENTION, dtype=dtype))
+        layout_of = layout_for(TORCH if place.gpu and kernels_fit(config, dtype) else None)
+        policy = Policy(AutoModelForCausalLM.from_config(cut, attn_implementation=ATTENTION, dtype=dtype), layout_of)
         weights = {p.untyped_storage()._cdata for p in policy.parameters()}
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             policy(groups)

@@ -51,6 +51,10 @@ class Layout(Protocol):
 LayoutOf = Callable[[Sequence[int], Sequence[Sequence[int]], torch.device], Layout]
 
 
+class Unlike(ValueError):
+    """Why a model cannot share prompts."""
+
+
 def attention(
     module: nn.Module,
     query: Tensor,
@@ -70,13 +74,13 @@ def attention(
 
     Without a layout it is plain causal attention over rows of one length: `lm(input_ids)` means what it always means. A 2-D
     padding mask never arrives here (transformers drops it for attentions that it does not know), so do not pass one.
-    Positions are in queries and keys already; there is no dropout, for an answer has one probability. Raises ValueError for
+    Positions are in queries and keys already; there is no dropout, for an answer has one probability. Raises `Unlike` for
     everything else that is asked of it: masks, caches, windows, soft caps, sinks, biases, chosen keys.
     """
     if asked := sorted(name for name, what in unknown.items() if what is not None and what is not False):
-        raise ValueError(f"it asks its attention for {', '.join(asked)}, which group attention does not know")
+        raise Unlike(f"it asks its attention for {', '.join(asked)}, which group attention does not know")
     if attention_mask is not None or is_causal is False or query.shape[2] != key.shape[2]:
-        raise ValueError("group attention is causal and takes neither masks nor transformers' caches: pass a layout")
+        raise Unlike("group attention is causal and takes neither masks nor transformers' caches: pass a layout")
     if layout is None:
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
         return out.transpose(1, 2), None
@@ -328,10 +332,6 @@ def score_tokens(output: nn.Module, hidden_MD: Tensor, target_M: Tensor, tempera
 
 
 # What can be opened: models that say with our attention what they say with transformers' own
-
-
-class Unlike(Exception):
-    """Why a model cannot share prompts."""
 
 
 def shape(config: PretrainedConfig) -> tuple[int, int, int]:

@@ -89,8 +89,8 @@ def bare(text: str, between: str = "") -> str:
     """
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     folded = folded.replace("i\u0307", "i").replace("ı", "i")
-    kept = (c if c.isalnum() or c == "_" or is_mark(c) else " " if c.isspace() else between for c in folded if not is_form(c))
-    return "".join(kept)
+    seen = (c for c in folded if not is_form(c))
+    return "".join(c if c.isalnum() or c == "_" or is_mark(c) else " " if c.isspace() else between for c in seen)
 
 
 def is_form(c: str) -> bool:

@@ -145,6 +145,6 @@ def read_gold(path: str | Path) -> dict[str, dict[str, float]]:
 
     def weights(line: str) -> tuple[str, dict[str, float]]:
         row = json_value(line)
-        return needed_text(row["id"]), emotion_weights(row["weights"])
+        return clean(needed_text(row["id"])), emotion_weights(row["weights"])
 
     return records(Path(path), shape, weights)

@@ -13,7 +13,8 @@ from common.scanner import SIGN, Broken, Scanner
 from common.text import clean, words
 from corpora.dialogue import Turn, is_group
 from data import MAX_BYTES, Failure, Sample
-from experts.asking import Chat, Reply, Unanswered
+from experts.asking import Chat
+from experts.responses import Reply, Unanswered
 
 Read = TypeVar("Read")
 LONGEST = 500  # characters of a persona sentence: it stands in every prompt of its speaker

@@ -25,7 +25,7 @@ from common.draws import stable_hash
 from common.errors import UserError, command
 from common.flags import Pairs, roots
 from common.scanner import NUMBER, SIGN, WORD, Broken, Scanner
-from common.text import clean
+from common.text import clean, small, words
 from corpora import iemocap
 from corpora.check import audit
 from corpora.dialogue import SPLITS, Dialogue, Turn, Weights, is_group
@@ -267,15 +267,16 @@ KEYS = ("last_emotions", "my_emotions", "my_output")
 THINK = re.compile(r"\s*+<think>(.*?)</think>", re.DOTALL)
 
 
-def read_emotions(scanner: Scanner, key: str, labels: Sequence[str] | None) -> dict[str, float]:
-    """The next dictionary of one to three emotions, weights from 0.1 to 1 (D8). Raises Broken for another one."""
+def read_emotions(scanner: Scanner, key: str, labels: Sequence[str]) -> dict[str, float]:
+    """The next dictionary of one to three emotions, weights from 0.1 to 1 (D8), in lower case; those of `last_emotions` are
+    among `labels`. Raises Broken for another one."""
     found: dict[str, float] = {}
     for name in scanner.entries(reason=key):
-        emotion = name.lower()
+        emotion = small(name) if small(name) in labels else name.lower()
         if emotion in found:
             raise Broken("duplicate", f"{name[:40]!r} a second time")
-        if not clean(name) or (labels is not None and emotion not in labels):
-            raise Broken(key if labels is None else "label", f"{name[:40]!r} is not a label")
+        if not clean(name) or (key == "last_emotions" and emotion not in labels):
+            raise Broken("label" if key == "last_emotions" else key, f"{name[:40]!r} is not a label")
         word = scanner.take(WORD, "a number", reason="weight")
         if len(word) > 40 or not NUMBER.fullmatch(word) or not 0.1 <= float(word) <= 1:
             raise Broken("weight", f"{word[:40]!r} is not a decimal number from 0.1 to 1")
@@ -316,7 +317,7 @@ def _parse(text: str, labels: Sequence[str], finished: bool) -> Output:
         if key == "my_output":
             found[key] = scanner.string(reason=key)
         else:
-            found[key] = read_emotions(scanner, key, labels if key == "last_emotions" else None)
+            found[key] = read_emotions(scanner, key, labels)
         spans[key] = (start, scanner.position)
     if len(found) < len(KEYS):
         raise Broken("keys", f"no {', '.join(key for key in KEYS if key not in found)}")
@@ -420,8 +421,8 @@ def stats(data: Pairs, tokenizer: str = "", context: Context = "labelled") -> It
             yield f"{name}/{split}: {len(dialogues)} dialogues, {len(made)} samples"
             yield "  labels: " + ", ".join(f"{label} {n}" for label, n in labels.most_common())
             yield "  responders: " + ", ".join(f"{kind} {n}" for kind, n in kinds.most_common())
-            words = [" ".join(m["content"] for m in messages(s, DEFAULT)).split() for s in made]
-            n = sorted(map(len, [encode(opened, s, DEFAULT)[0] for s in made] if opened else words)) or [0]
+            texts = [" ".join(m["content"] for m in messages(s, DEFAULT)) for s in made]
+            n = sorted(map(len, [encode(opened, s, DEFAULT)[0] for s in made] if opened else map(words, texts))) or [0]
             p50, p95 = (n[round(q * (len(n) - 1))] for q in (0.5, 0.95))
             what = "tokens" if opened else "words"
             yield f"  {what} a prompt: mean {statistics.fmean(n):.0f}, p50 {p50}, p95 {p95}, max {n[-1]}"

@@ -256,6 +256,15 @@ def prediction_rows(samples: Sequence[Sample], answers: Sequence[tuple[str, bool
     return rows
 
 
+def why_invalid(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What went wrong where no answer is valid: the most frequent reason, and one example."""
+    reason, n = Counter(row["parse"]["reason"] for row in rows).most_common(1)[0]
+    row = next(row for row in rows if row["parse"]["reason"] == reason)
+    example = f"{row['id']}: {row['parse']['detail']}; the answer begins with {' '.join(row['text'].split())[:100]!r}"
+    mend = "; give more --max_new_tokens" * (reason == "unfinished")
+    return f"none of {len(rows)} answers is valid, most often for '{reason}' ({n}), such as {example}{mend}"
+
+
 def report(
     datasets: Mapping[str, Sequence[Sample]],
     answers: Mapping[str, Sequence[tuple[str, bool]]],
@@ -293,7 +302,7 @@ def report(
 
 
 def score_command(command: tyro.conf.OmitArgPrefixes[ScoreCommand]) -> int:
-    """Score a model on labelled splits (Table 1)."""
+    """Score a model on labelled splits (Table 1). Raises `UserError` in the end where every answer of a model is invalid."""
     if not command.model or not command.data:
         raise UserError("give --model and --data NAME=DIR")
     for path in (command.out.parent if command.out else None, command.gold, command.prompts):
@@ -301,7 +310,7 @@ def score_command(command: tyro.conf.OmitArgPrefixes[ScoreCommand]) -> int:
             raise UserError(f"{path} does not exist")
     datasets = datasets_of(command)
     baseline, left_out = read_baseline(command.baseline, datasets) if command.baseline else None, unclean(command)
-    titles, runs = list[str](), list[dict[str, Any]]()
+    titles, runs, silent = list[str](), list[dict[str, Any]](), list[str]()
     for (model, seed), answers in all_answers(command, datasets):
         text, numbers = report(
             datasets, answers, lenient=command.lenient, baseline=baseline, seed=command.seed[0], unclean=left_out
@@ -309,16 +318,20 @@ def score_command(command: tyro.conf.OmitArgPrefixes[ScoreCommand]) -> int:
         titles.append(f"{model}, seed {seed}" if len(command.seed) > 1 else model)
         runs.append({"model": model, "split": command.split, "temperature": command.temperature, "seed": seed} | numbers)
         print(f"{titles[-1]}\n{text}\n")
-        if command.out:
-            rows = [row for name in datasets for row in prediction_rows(datasets[name], answers[name])]
-            several = len(command.model) * len(command.seed) > 1
-            path = command.out.with_stem(f"{command.out.stem}-{len(runs)}") if several else command.out
+        rows = [row for name in datasets for row in prediction_rows(datasets[name], answers[name])]
+        several = len(command.model) * len(command.seed) > 1
+        path = command.out.with_stem(f"{command.out.stem}-{len(runs)}") if several and command.out else command.out
+        if not any(row["predicted"] for row in rows):
+            silent.append(f"{titles[-1]}: {why_invalid(rows)}; see {path or 'them all with --out FILE'}")
+        if path:
             path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     scores = [run["scores"] for run in runs]
     if len(runs) > 1 or command.table:
         print(rendered(command.table or "text", titles, scores, [*datasets, *(["average"] if len(datasets) > 1 else [])]))
     means, stds = spread(scores) if len(runs) > 1 else ({}, {})
-    print(json.dumps(runs[0] if len(runs) == 1 else {"runs": runs, "mean": means, "std": stds}))
+    print(json.dumps(runs[0] if len(runs) == 1 else {"runs": runs, "mean": means, "std": stds}), flush=True)
+    if silent:  # a score of 0 that says nothing about emotions
+        raise UserError("; ".join(silent))
     return 0
 
 

@@ -26,6 +26,7 @@ from analysis.vectors import Floats, encoder_vectors, flat, sklearn, tfidf_vecto
 from common.errors import UserError
 from common.files import Record, write_atomically
 from common.flags import Pairs
+from common.text import bare, is_blankless, is_wordy, words
 from corpora import loading
 from grpo import iou
 from training.folder import undamaged
@@ -95,14 +96,21 @@ def masked(descriptions: Sequence[Description]) -> list[str]:
     """Sentences with the names of their dialogue's speakers taken out, whole or in part."""
     names: defaultdict[str, set[str]] = defaultdict(set)
     for one in descriptions:
-        names[one.dialogue] |= {one.speaker, *(part for part in one.speaker.split() if part[:1].isupper() and len(part) > 2)}
+        names[one.dialogue] |= {one.speaker, *filter(is_name, one.speaker.split())}
     return [mask(one.text, names[one.dialogue]) for one in descriptions]
 
 
+def is_name(part: str) -> bool:
+    """Whether a part of a speaker's name stands for the person: longer than two characters, and not in small letters."""
+    return len(part) > 2 and part[0].isalpha() and not part[0].islower()  # most scripts have no capitals
+
+
 def mask(text: str, names: Set[str]) -> str:
-    """A sentence with whole names replaced; longer names first."""
+    """A sentence with whole names replaced; longer names first. In scripts without blanks a name ends anywhere."""
     known = "|".join(re.escape(name) for name in sorted(names - {""}, key=lambda name: (-len(name), name)))
-    return re.sub(rf"(?<!\w)(?:{known})(?!\w)", MASK, text) if known else text
+    going_on = "".join(re.escape(c) for c in sorted(set(text)) if (is_wordy(c) or c == "_") and not is_blankless(c))
+    edges = (f"(?<![{going_on}])", f"(?![{going_on}])") if going_on else ("", "")
+    return re.sub(f"(?:{known})".join(edges), MASK, text) if known else text
 
 
 def grouped(vectors: Floats, least: int) -> list[int]:
@@ -112,9 +120,10 @@ def grouped(vectors: Floats, least: int) -> list[int]:
     return [int(x) for x in sklearn().cluster.HDBSCAN(min_cluster_size=least, copy=True).fit_predict(vectors)]
 
 
-def words(text: str, stop: Set[str]) -> set[str]:
-    """Words of three letters or more that say something."""
-    return {word for word in re.findall(r"[^\W\d_]{3,}", text.lower()) if word not in stop}
+def telling(text: str, stop: Set[str]) -> set[str]:
+    """Words that say something: of three letters or more, or of scripts without blanks (`common.text.words`)."""
+    found = {word for word in words(bare(text, " ")) if len(word) >= 3 or is_blankless(word[0])}
+    return {word for word in found if word[0].isalpha() and word not in stop}
 
 
 def name_of(members: Sequence[int], said: Sequence[Set[str]]) -> str:
@@ -128,7 +137,7 @@ def name_of(members: Sequence[int], said: Sequence[Set[str]]) -> str:
 def clusters(texts: Sequence[str], vectors: Floats, least: int) -> list[Cluster]:
     """Clusters of texts, the largest first, and NOISE last where something was left alone."""
     stop = sklearn().feature_extraction.text.ENGLISH_STOP_WORDS | {MASK}
-    said = [words(text, stop) for text in texts]
+    said = [telling(text, stop) for text in texts]
     members: defaultdict[int, list[int]] = defaultdict(list)
     for i, group in enumerate(grouped(vectors, least)):
         members[group].append(i)

@@ -27,8 +27,9 @@ from common.flags import Pairs, pairs
 from common.text import clean
 from corpora import loading
 from data import Failure, Sample
-from experts.asking import Cache, Chat, Expert, Reply, Settings, Unanswered, ask, beside, open_cache, open_experts
+from experts.asking import Cache, Chat, Expert, Settings, ask, beside, open_cache, open_experts
 from experts.contracts import whole_text
+from experts.responses import Reply, Unanswered
 
 # What is asked: the contract of Table 9 in our words (D16)
 

@@ -13,7 +13,8 @@ import data
 from common.errors import UserError
 from common.hub import load_tokenizer
 from data import Prompts, Sample
-from experts.asking import Expert, Reply, Settings, Unanswered, ask, is_url, open_cache, open_experts, open_local
+from experts.asking import Expert, Settings, ask, is_url, open_cache, open_experts, open_local
+from experts.responses import Reply, Unanswered
 
 Metrics = Mapping[str, Mapping[str, float]]  # row (a dataset, `average`, ...) -> metric -> value
 Answers = dict[str, list[tuple[str, bool]]]  # dataset -> (text, finished) of each sample
@@ -31,14 +32,16 @@ def asked(
     model: Expert, datasets: Mapping[str, Sequence[Sample]], prompts: Prompts, settings: Settings, cache: Path
 ) -> Answers:
     """One answer of an endpoint per sample. Raises `UserError` if any is missing: what was not heard cannot be wrong."""
-    answers, missing = Answers(), list[str]()
+    answers, missing = Answers(), list[Unanswered]()
     with open_cache(cache) as known:
         for name, samples in datasets.items():
             replies = ask(model, [data.messages(s, prompts, model.control) for s in samples], settings, known)
-            missing += [reply.why for reply in replies if isinstance(reply, Unanswered)]
+            missing += [reply for reply in replies if isinstance(reply, Unanswered)]
             answers[name] = [(reply.text, reply.finished) for reply in replies if isinstance(reply, Reply)]
     if missing:
-        raise UserError(f"{len(missing)} samples have no answer ({missing[0]}): the same command asks for those again")
+        lasting = all(reply.lasting for reply in missing)
+        mend = "it will be refused again, mend what it names" if lasting else "the same command asks for those again"
+        raise UserError(f"{len(missing)} samples have no answer ({missing[0].why}): {mend}")
     return answers
 
 

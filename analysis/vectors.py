@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from common.errors import UserError
 from common.hub import quiet_transformers
-from common.text import clean
+from common.text import bare, clean, is_blankless, words
 
 Floats = NDArray[np.float64]
 
@@ -25,11 +25,19 @@ def sklearn() -> Any:
     return sklearn
 
 
+def tokens(text: str) -> list[str]:
+    """The words of a text that are counted: of two letters or more, or of scripts without blanks (`common.text.words`)."""
+    return [word for word in words(bare(text, " ")) if len(word) > 1 or is_blankless(word)]
+
+
 def tfidf_vectors(texts: Sequence[str], seed: int) -> Floats:
     """Unit vectors of at most 50 dimensions by TF-IDF and SVD. Raises `UserError` where no text has words."""
     kit = sklearn()
     try:
-        counts = kit.feature_extraction.text.TfidfVectorizer(stop_words="english", sublinear_tf=True).fit_transform(texts)
+        counter = kit.feature_extraction.text.TfidfVectorizer(
+            stop_words="english", sublinear_tf=True, tokenizer=tokens, token_pattern=None
+        )
+        counts = counter.fit_transform(texts)
     except ValueError:
         raise UserError("the personas have no words to compare") from None
     size = min(50, *(n - 1 for n in counts.shape))

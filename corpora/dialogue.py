@@ -41,8 +41,8 @@ class Dialogue:
 
     @property
     def key(self) -> str:
-        """dataset/split/id, because ids start again in every split."""
-        return f"{self.dataset}/{self.split}/{self.id}"
+        """dataset/split/id, because ids start again in every split; as files of personas and gold name it."""
+        return clean(f"{self.dataset}/{self.split}/{self.id}")
 
 
 GROUP = re.compile(

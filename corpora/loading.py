@@ -2,14 +2,13 @@
 
 import ast
 import csv
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from common.errors import UserError
-from common.text import clean
+from common.text import clean, made_of
 from corpora import iemocap
 from corpora.dialogue import LABELS, SPLITS, Dialogue, Turn
 from corpora.strict import emotion_weights, file_text, json_value, known_fields, needed_text, reading, records, whole_number
@@ -35,7 +34,7 @@ def load(
     `context` is for IEMOCAP: drop unlabelled turns as benchmarks do, or keep them. `soft_labels`: annotators' votes as
     gold (D14); JSONL labels may be soft anyway. Raises UserError that names file and line.
     """
-    if split not in SPLITS or not re.fullmatch(r"[\w.-]+", dataset):
+    if split not in SPLITS or not made_of(dataset, ".-_"):
         raise UserError(f"{dataset}/{split}: splits are {', '.join(SPLITS)}; names have letters, digits, '.', '_', '-'")
     if dataset == "iemocap":
         return iemocap.load(root, split, context=context, soft_labels=soft_labels)
@@ -78,7 +77,7 @@ def _jsonl(dataset: str, root: Path, split: str, labels: Sequence[str] | None) -
     def dialogue(line: str) -> tuple[str, Dialogue]:
         row = json_value(line)
         known_fields(row, ("id", "turns", "personas"))
-        if not re.fullmatch(r"[\w.:-]+", row["id"]):  # sample ids add "/" and "+"
+        if not isinstance(row["id"], str) or not made_of(row["id"], "._:-"):  # sample ids add "/" and "+"
             raise ValueError(f"the id {row['id']!r} has other signs than letters, digits and . _ : -")
         turns, given = tuple(turn(t, i) for i, t in enumerate(row["turns"])), row.get("personas")
         sheet = {clean(name): clean(needed_text(text)) for name, text in ({} if given is None else given).items()}
@@ -146,6 +145,6 @@ def read_gold(path: str | Path) -> dict[str, dict[str, float]]:
 
     def weights(line: str) -> tuple[str, dict[str, float]]:
         row = json_value(line)
-        return needed_text(row["id"]), emotion_weights(row["weights"])
+        return clean(needed_text(row["id"])), emotion_weights(row["weights"])
 
     return records(Path(path), shape, weights)

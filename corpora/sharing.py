@@ -1,9 +1,9 @@
 """Lines that dialogues of different splits share (D24)."""
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 
+from common.text import bare, words
 from corpora.dialogue import Dialogue
 
 
@@ -26,9 +26,9 @@ def overlap(train: Iterable[Dialogue], test: Iterable[Dialogue]) -> set[str]:
 
 
 def long_line(text: str) -> str | None:
-    """The words of a line without case and punctuation, if there are at least six."""
-    words = re.sub(r"[^\w\s]", "", text.lower()).split()
-    return " ".join(words) if len(words) >= 6 else None
+    """The words of a line (`common.text.words`) without case and punctuation, if there are at least six."""
+    found = words(bare(text))
+    return " ".join(found) if len(found) >= 6 else None
 
 
 def _long_lines(dialogue: Dialogue) -> set[str]:

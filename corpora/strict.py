@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.text import clean
+from common.text import INSIDE, clean, made_of, small
 from corpora.dialogue import LABELS
 
 CP1252 = dict(zip(range(0x91, 0x98), "‘’“”•–—", strict=True))  # older copies hold these as control characters
@@ -99,9 +99,9 @@ def emotion_weights(raw: Mapping[Any, Any], labels: Sequence[str] | None = None)
     """Weights by emotion in lower case, of `labels` if given. Raises ValueError for a name or a weight that is none."""
     if odd := [weight for weight in raw.values() if type(weight) not in (int, float)]:
         raise ValueError(f"weight {odd[0]!r:.60} is no number")
-    weights = {name.strip().lower(): float(weight) for name, weight in raw.items()}
+    weights = {small(name.strip()): float(weight) for name, weight in raw.items()}
     for name, weight in weights.items():
-        if not re.fullmatch(r"[^\W_][\w -]*", name) or name not in (labels or weights):
+        if not (name[:1].isalnum() and made_of(name, " -_" + INSIDE)) or name not in (labels or weights):
             raise ValueError(f"unknown label {name!r}" + (f", known are {' '.join(labels)}" if labels else ""))
         if not 0 < weight < math.inf:
             raise ValueError(f"weight {weight} of {name!r} is not above 0")

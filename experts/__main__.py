@@ -139,7 +139,7 @@ def write(out: Path, rows: Sequence[Record], failed: Sequence[Record], asked: in
     if failed:
         print(f"invalid: {reasons}; listed in {beside(out, 'failed')}")
     if asked and not valid:
-        raise UserError(f"no answer is valid ({reasons}): take another --expert")
+        raise UserError(f"no answer is valid ({reasons}; the first: {failed[0]['detail']}): take another --expert")
 
 
 def main() -> int:

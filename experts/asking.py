@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -26,6 +26,8 @@ from common.hub import eos_ids, load_tokenizer, quiet_transformers
 from common.text import clean
 from data import MAX_BYTES
 from engine.processes import device_memory
+from experts import responses
+from experts.responses import Reply, Unanswered, read_completion
 from model import Policy
 from rollout import generate
 
@@ -35,9 +37,8 @@ if TYPE_CHECKING:
 Chat = list[dict[str, str]]
 Encoded = tuple[list[int], str]  # a prompt's ids, and what the template has begun of the answer
 KEPT = "what was answered is kept, the same command goes on"
-THINK = re.compile(r"\s*<think>\s*")
 GIVE_UP = 8  # requests in a row without an answer, after which the endpoint is taken to be down
-STOP = {401: "check the key", 402: "the account is empty", 403: "check the key", 404: "check the URL and the model's name"}
+OTHER_LIMIT = "max_completion_tokens"  # what newer servers call max_tokens
 MAX_BODY = 2**25  # bytes of a response that are read
 CHUNK = 32  # prompts that a local expert answers between two writes to the cache
 
@@ -51,24 +52,8 @@ class Settings:
     seed: int = 0  # Of the shuffle of the prompts and of a local expert; another seed asks anew.
     concurrency: int = 8  # Requests under way at once.
     retries: int = 8
-    """Of a request after 408, 409, 429, 5xx, a timeout, a cut connection; pauses double up to 8 s, or are the server's."""
+    """Of a request after 408, 409, 425, 429, 5xx, a timeout, a cut connection; pauses double to 8 s, or are the server's."""
     timeout: float = 300.0  # Seconds a try may be silent; all tries of a request together have four times as many.
-
-
-@dataclass(frozen=True)
-class Reply:
-    """An answer with its think block, whether it ended by itself, and its tokens: (prompt, answer)."""
-
-    text: str
-    finished: bool
-    tokens: tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Unanswered:
-    """A request that brought no answer. It is not in the cache: the same command asks again."""
-
-    why: str
 
 
 Keep = Callable[[int, Reply | Unanswered], None]
@@ -89,6 +74,8 @@ class Endpoint:
     price: tuple[float, float] = (0.0, 0.0)
     key: str = field(default="", repr=False)  # out of every message; local servers want none
     control: Sequence[str] = ()  # nobody knows the control tokens behind an endpoint
+    limit: list[str] = field(default_factory=lambda: ["max_tokens"], compare=False, repr=False)
+    """What the server calls the longest answer; the last one holds, as learnt from its refusals."""
 
     @property
     def identity(self) -> str:
@@ -113,7 +100,8 @@ class Endpoint:
                 keep(i, reply)
                 failed = failed + 1 if isinstance(reply, Unanswered) else 0
                 if isinstance(reply, Unanswered) and failed >= GIVE_UP:
-                    raise UserError(f"{self.url} failed {failed} times in a row ({reply.why}): try again later; {KEPT}")
+                    mend = "it will refuse them again, mend what it names" if reply.lasting else "try again later"
+                    raise UserError(f"{self.url} failed {failed} times in a row ({reply.why}): {mend}; {KEPT}")
 
         try:
             async with connect(self.url, self.key, settings) as client, asyncio.TaskGroup() as group:
@@ -123,25 +111,45 @@ class Endpoint:
             raise several.exceptions[0] from None
 
     async def request(self, client: "openai.AsyncOpenAI", chat: Chat, settings: Settings) -> Reply | Unanswered:
-        """The answer to one chat, retries included."""
+        """The answer to one chat, retries included. Raises `UserError` where no other chat would fare better."""
         import openai
 
         asked: Any = {"model": self.name, "messages": chat, "temperature": settings.temperature}
         try:
             async with asyncio.timeout(4 * settings.timeout):
-                raw = await client.chat.completions.with_raw_response.create(**asked, max_tokens=settings.max_new_tokens)
-            return read_completion(raw.http_response.text)
+                reply = read_completion(await self.sent(client, asked, settings.max_new_tokens))
+            return replace(reply, why=self.brief(reply.why)) if isinstance(reply, Unanswered) else reply
         except openai.APIStatusError as error:
-            why = self.brief(f"HTTP {error.status_code}: {error.message}")
-            if error.status_code in STOP:
-                raise UserError(f"{self.url}, model {self.name}: {why}; {STOP[error.status_code]}; {KEPT}") from None
-            return Unanswered(why)
+            return self.refused(error, settings.temperature)
         except (openai.OpenAIError, OSError) as error:  # the latter: no end in time, or in size
             return Unanswered(self.brief(f"{str(error) or 'no whole answer in time'} {error.__cause__ or ''}"))
 
+    async def sent(self, client: "openai.AsyncOpenAI", asked: Any, longest: int) -> str:
+        """The body of the response; asked once more where the server wants the longest answer under its other name."""
+        import openai
+
+        create: Any = client.chat.completions.with_raw_response.create
+        name = self.limit[-1]
+        try:
+            return str((await create(**asked, **{name: longest})).http_response.text)
+        except openai.APIStatusError as error:
+            if error.status_code not in (400, 422) or name == OTHER_LIMIT or OTHER_LIMIT not in error.response.text:
+                raise
+        raw = await create(**asked, **{OTHER_LIMIT: longest})
+        self.limit.append(OTHER_LIMIT)
+        return str(raw.http_response.text)
+
+    def refused(self, error: "openai.APIStatusError", temperature: float) -> Unanswered:
+        """A status that is no answer. Raises `UserError` for one that every request of the job would get."""
+        status, body = error.status_code, error.response.text
+        why = self.brief(f"HTTP {status}: {responses.complaint(body)}".removesuffix(": "))
+        if mend := responses.mend_of(status, body, {error.code, error.type}, error.param, temperature):
+            raise UserError(f"{self.url}, model {self.name}: {why}; {mend}; {KEPT}") from None
+        return Unanswered(why, lasting=status < 500 and status not in responses.PASSING)
+
     def brief(self, text: str) -> str:
-        """An error of the server in one short line, without the key that some servers send back."""
-        return clean(text.replace(self.key, "***") if self.key else text)[:200]
+        """An error of the server in one line, without the key that some servers send back."""
+        return clean(text.replace(self.key, "***") if self.key else text)[: responses.LONGEST_WHY]
 
 
 def connect(url: str, key: str, settings: Settings) -> "openai.AsyncOpenAI":
@@ -166,27 +174,17 @@ def connect(url: str, key: str, settings: Settings) -> "openai.AsyncOpenAI":
 
     async def limit(response: httpx2.Response) -> None:
         response.stream = Limited(response.stream)  # type: ignore[arg-type]
+        if response.status_code == 425:
+            response.headers["x-should-retry"] = "true"  # the library goes by this header, and would not ask again
+        if response.status_code == 429:
+            await response.aread()
+            if any(word in response.text for word in responses.EMPTY):
+                response.headers["x-should-retry"] = "false"
 
     http = openai.DefaultAsyncHttpxClient(event_hooks={"response": [limit]})
     return openai.AsyncOpenAI(
         api_key=key or "none", base_url=url, timeout=settings.timeout, max_retries=settings.retries, http_client=http
     )
-
-
-def read_completion(body: str) -> Reply | Unanswered:
-    """What a response says. Reasoning that comes beside the answer is its think block."""
-    try:
-        row = json.loads(body)
-        choice, usage = row["choices"][0], row.get("usage") or {}
-        message = choice["message"]
-        content = message.get("content") or ""
-        thought = message.get("reasoning_content") or message.get("reasoning")
-        text = f"<think>{thought}</think>\n{content}" if thought and not THINK.match(content) else content
-        tokens = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
-        whole = text[: MAX_BYTES + 1].encode(errors="replace").decode()  # what is longer fails, and is not kept
-        return Reply(whole, choice.get("finish_reason") == "stop", tokens)
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return Unanswered(f"no chat completion: {clean(body[:60])!r}")
 
 
 # Local folders
@@ -339,7 +337,7 @@ class Cache:
 
     def add(self, key: str, expert: str, reply: Reply) -> None:
         """Write an answer down at once, as one line."""
-        row = {"key": key, "expert": expert, "text": reply.text, "finished": reply.finished, "tokens": reply.tokens}
+        row = {"key": key, "expert": expert, "response": reply.response or responses.as_response(reply)}
         self.file.write(json.dumps(row).encode() + b"\n")
         self.file.flush()
         self.known[key] = reply
@@ -361,16 +359,26 @@ def open_cache(path: Path) -> Iterator[Cache]:
         lines = file.read().split(b"\n")
         if lines[-1]:
             file.truncate(file.tell() - len(lines[-1]))
-        yield Cache(file, dict(cached(path, number, line) for number, line in enumerate(lines[:-1], 1) if line))
+        rows = (cached(path, number, line) for number, line in enumerate(lines[:-1], 1) if line)
+        yield Cache(file, {key: reply for row in rows for key, reply in row})
 
 
-def cached(path: Path, number: int, line: bytes) -> tuple[str, Reply]:
-    """The key and the answer that a line of the cache holds."""
+def cached(path: Path, number: int, line: bytes) -> Iterator[tuple[str, Reply]]:
+    """The key and the answer of a line of the cache; none where it has to be asked for again.
+
+    Earlier versions kept what they made of a response, and counted answers as cut off that were not: of theirs, only those
+    that count as whole are taken.
+    """
     try:
         row = json.loads(line)
-        asked, said = row["tokens"]
-        return str(row["key"]), Reply(str(row["text"]), row["finished"] is True, (int(asked), int(said)))
-    except (ValueError, LookupError, TypeError) as error:
+        if "response" in row:
+            reply = responses.read_response(row["response"])
+        else:
+            asked, said = row["tokens"]
+            reply = Reply(str(row["text"]), row["finished"] is True, (int(asked), int(said)))
+        if isinstance(reply, Reply) and (reply.finished or "response" in row):
+            yield str(row["key"]), reply
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{path}:{number}: {error}; remove that line: its prompt is asked again") from None
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,10 +10,11 @@ from typing import TypeVar
 
 import data
 from common.scanner import SIGN, Broken, Scanner
-from common.text import clean
+from common.text import clean, words
 from corpora.dialogue import Turn, is_group
 from data import MAX_BYTES, Failure, Sample
-from experts.asking import Chat, Reply, Unanswered
+from experts.asking import Chat
+from experts.responses import Reply, Unanswered
 
 Read = TypeVar("Read")
 LONGEST = 500  # characters of a persona sentence: it stands in every prompt of its speaker
@@ -107,9 +109,10 @@ def read_strings(scanner: Scanner) -> dict[str, str]:
     """The next dictionary of strings. Raises Broken for another one."""
     found: dict[str, str] = {}
     for key in scanner.entries():
-        if key in found:
+        name = unicodedata.normalize("NFC", key)  # as `clean` writes the names that are asked about
+        if name in found:
             raise Broken("duplicate", f"{key[:40]!r} a second time")
-        found[key] = scanner.string()
+        found[name] = scanner.string()
     return found
 
 
@@ -127,7 +130,7 @@ def parse_personas(reply: Reply | Unanswered, names: Sequence[str]) -> Portrait 
         odd = sorted(said.keys() ^ set(names))
         return Failure("names", f"{odd[0][:40]!r} is {'missing' if odd[0] in names else 'nobody here'}")
     for name, sentence in said.items():
-        if not (len(sentence.split()) >= 3 and len(sentence) <= LONGEST and re.search(r"\w", sentence)):
+        if not (len(words(sentence)) >= 3 and len(sentence) <= LONGEST and re.search(r"\w", sentence)):
             return Failure("sentence", f"that of {name[:40]!r} has under 3 words or over {LONGEST} characters")
     if len(set(said.values())) < len(said):
         return Failure("sentence", "the same one for two speakers")

@@ -69,6 +69,32 @@ def test_names_are_masked_whole_and_in_part_but_not_inside_words():
     assert mask("nobody is named", set()) == "nobody is named"
 
 
+@pytest.mark.parametrize(
+    ("text", "name", "shown"),
+    [
+        ("小明是一个温和的人", "小明", "someone是一个温和的人"),  # no blank shows where a name ends
+        ("राम शांत है, रामू नहीं", "राम", "someone शांत है, रामू नहीं"),  # a vowel sign makes it another name
+        ("สมชายใจเย็น", "สมชาย", "someoneใจเย็น"),
+    ],
+)
+def test_names_are_masked_in_every_script(text, name, shown):
+    assert mask(text, {name}) == shown
+
+
+def test_parts_of_names_are_masked_where_there_are_no_capitals():
+    rows = (("सीता देवी", "सीता शांत है"), ("the waiter", "nods at the door"))
+    assert masked([Description("d", *row) for row in rows]) == ["someone शांत है", "nods at the door"]
+
+
+def test_families_are_found_in_a_script_without_blanks():
+    families = (("温和耐心的店员", "耐心温和的声音", "争吵中温和耐心", "耐心，温和，安静"),
+                ("爱开玩笑逗乐", "开玩笑又大笑", "逗乐爱笑开玩笑", "开玩笑，逗乐，大笑"),
+                ("担忧灾难发生", "总想灾难又担忧", "担忧的灾难论者", "灾难，担忧，害怕"))  # fmt: skip
+    found = found_in([text for texts in families for text in texts])
+    assert {x.members for x in found} == {(0, 1, 2, 3), (4, 5, 6, 7), (8, 9, 10, 11)}
+    assert {"温", "耐"} & set(found[0].name.split())
+
+
 def test_every_dialogue_masks_its_own_speakers():
     rows = (("d1", "Dr. Bell", "Bell teases Ann"), ("d1", "Ann", "shy"), ("d2", "Bo", "Ann-like"))
     assert masked([Description(*row) for row in rows]) == ["someone teases someone", "shy", "Ann-like"]

@@ -1,6 +1,7 @@
 """Loaders, samples, personas, prompts, selection and new samples."""
 
 import json
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 
@@ -370,6 +371,61 @@ def test_overlap_takes_two_long_lines_of_one_dialogue():
     assert sharing.overlap(train, test) == {"meld/train/both"}
     assert [d.id for d in train if d.key not in sharing.overlap(train, test)] == ["one", "twice", "apart", "short"]
     assert sharing.overlap(test, train) == {"meld/train/t1"}  # the test dialogues that are not clean
+
+
+LABELS = ["खुशी", "மகிழ்ச்சி", "ความสุข", "སྐྱོ་བ", "خوش\u200cحال", "שִׂמְחָה", "l'ennui", "tủi thân", "iğrenme"]
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_a_label_is_read_in_every_script_and_however_it_is_typed(tmp_path, label):
+    """In the file of train with its accents apart (NFD), in that of test joined (NFC), in an answer apart again."""
+    apart, joined = (unicodedata.normalize(form, label) for form in ("NFD", "NFC"))
+    for split, name in (("train", apart), ("test", joined)):
+        turns = [{"speaker": "x", "text": "y", "label": name}]
+        write(tmp_path / f"{split}.jsonl", json.dumps({"id": "d", "turns": turns}))
+    assert loading.label_set("mine", tmp_path) == (joined,)
+    (found,) = data.read_samples("mine", tmp_path, "test")
+    assert found.gold == {joined: 1.0}
+    said = data.parse_output(data.format_output("t", {apart: 1.0}, {apart.upper(): 0.5}, "r"), found.labels)
+    assert said.last_emotions == {joined: 1.0} and said.my_emotions == {joined: 0.5}
+
+
+@pytest.mark.parametrize("label", ["joy, anger", "joy;", "'joy'", "\u0301joy", "joy/anger", "{labels}", "joy\u200b", "-"])
+def test_what_is_no_label(tmp_path, label):
+    write(tmp_path / "train.jsonl", json.dumps({"id": "d", "turns": [{"speaker": "x", "text": "y", "label": label}]}))
+    with pytest.raises(UserError, match="train.jsonl:1: unknown label"):
+        loading.label_set("mine", tmp_path)
+
+
+def test_names_of_datasets_and_dialogues_have_marks_and_personas_find_them(tmp_path):
+    """The same id with accents apart in one file and joined in the other, and so the speaker."""
+    apart = unicodedata.normalize("NFD", "cảnh-दृश्य")
+    turns = [{"speaker": unicodedata.normalize("NFD", n), "text": "y", "label": "joy"} for n in ("Thảo", "Bo")]
+    write(tmp_path / "train.jsonl", json.dumps({"id": apart, "turns": turns}))
+    person = {"dialogue": "हिन्दी/train/cảnh-दृश्य", "speaker": "Thảo", "persona": "calm", "expert": "e"}
+    personas = loading.read_personas(write(tmp_path / "p.jsonl", json.dumps(person)))
+    first, second = data.read_samples("हिन्दी", tmp_path, "train", personas=personas)
+    assert (second.responder.name, second.responder.persona) == ("Thảo", "calm")
+    gold = write(tmp_path / "g.jsonl", json.dumps({"id": f"हिन्दी/train/{apart}/0", "weights": {"joy": 0.5}}))
+    assert with_gold([first, second], loading.read_gold(gold))[0].gold == {"joy": 0.5}
+
+
+ZH = ("你昨天为什么没有来？", "我的手机没有电了，对不起。", "好吧。")
+
+
+def test_overlap_counts_every_letter_of_a_script_without_blanks():
+    """D24: lines of 9 and 11 letters are long ones, one of 2 is not; commas and blanks between do not matter."""
+    test = [lines("t", *ZH)]
+    train = [lines("both", "你昨天为什么 没有来!", ZH[1].replace("，", "")), lines("one", ZH[0], ZH[2], ZH[2] * 2)]
+    assert sharing.overlap(train, test) == {"meld/train/both"}
+    assert sharing.long_line(ZH[0]) == "你 昨 天 为 什 么 没 有 来" and sharing.long_line(ZH[2]) is None
+
+
+def test_overlap_finds_a_line_that_is_typed_in_another_way():
+    """Accents joined or apart, letters of double width. The texts of a `Turn` are joined already; bare lines are tried."""
+    line = "Hôm nay trời đẹp quá bạn ơi!"
+    assert sharing.long_line(unicodedata.normalize("NFD", line)) == sharing.long_line(line) is not None
+    assert sharing.long_line("Ｗｅ were on a break, you know!") == sharing.long_line(LONG[0])
 
 
 def test_with_votes():

@@ -352,7 +352,7 @@ def test_the_command_scores_a_model_and_pairs_it_with_its_own_answers(monkeypatc
     both = ("--data", f"b={folder / 'b'}", "--out", folder / "out.jsonl", "--lenient", "true")
     code, out, _ = command(monkeypatch, capsys, folder, *both)
     numbers = json.loads(out.splitlines()[-1])
-    assert code == 0 and numbers["samples"] == numbers["clean_samples"] == {"a": 3, "b": 3}
+    assert code == 2 and numbers["samples"] == numbers["clean_samples"] == {"a": 3, "b": 3}
     assert numbers["scores"]["average"]["acc"] == 0.0 and numbers["scores"]["a, majority"]["acc"] == pytest.approx(2 / 3)
     assert "no valid output: 3 of 3" in out and "a, lenient" in out
     rows = [json.loads(line) for line in (folder / "out.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -360,7 +360,7 @@ def test_the_command_scores_a_model_and_pairs_it_with_its_own_answers(monkeypatc
     assert all(row["predicted"] is None and row["correct"] is False and row["parse"]["reason"] for row in rows)
     code, out, _ = command(monkeypatch, capsys, folder, "--baseline", folder / "out.jsonl", "--limit", "2")
     numbers = json.loads(out.splitlines()[-1])
-    assert code == 0 and numbers["samples"] == {"a": 2} and numbers["compared"]["a"]["mcnemar_p"] == 1.0
+    assert code == 2 and numbers["samples"] == {"a": 2} and numbers["compared"]["a"]["mcnemar_p"] == 1.0
 
 
 def test_what_is_clean_depends_on_the_train_splits_of_all_the_data(folder):
@@ -415,9 +415,10 @@ def test_limit_takes_the_same_samples_every_time_and_gold_replaces_labels(folder
 def test_several_models_and_seeds_are_scored_with_mean_and_spread(monkeypatch, capsys, folder):
     """Two folders, two seeds: four lines, four files. A random model has 0 everywhere, so the spread is 0, too."""
     more = ("--model", folder / "model", "--seed", "3", "4", "--temperature", "1", "--table", "markdown", "--limit", "2")
-    code, out, _ = command(monkeypatch, capsys, folder, *more, "--out", folder / "scores.jsonl")
+    code, out, (error,) = command(monkeypatch, capsys, folder, *more, "--out", folder / "scores.jsonl")
     numbers = json.loads(out.splitlines()[-1])
-    assert code == 0 and [run["seed"] for run in numbers["runs"]] == [3, 4, 3, 4]
+    assert code == 2 and all(f"seed {n}: none of 2 answers is valid" in error for n in (3, 4)) and "scores-4.jsonl" in error
+    assert [run["seed"] for run in numbers["runs"]] == [3, 4, 3, 4]
     assert numbers["mean"]["a"]["acc"] == numbers["std"]["a"]["acc"] == 0.0
     texts = [[row["text"] for row in lines(folder / f"scores-{n}.jsonl")] for n in (1, 2, 3, 4)]
     assert texts[0] == texts[2] != texts[1] == texts[3]
@@ -442,11 +443,34 @@ def test_a_sample_without_an_answer_is_no_wrong_answer(monkeypatch, capsys, fold
     pytest.importorskip("openai")
     monkeypatch.setenv("NO_PROXY", "*")
     refused = (500, b"", {"x-should-retry": "false"})
-    with serving(lambda body, number: refused if number == 2 else completion(answer())) as server:
+    with serving(lambda body, number: refused if number == 2 else completion(answer("{'joy': 1}"))) as server:
         words = ["score", "--model", server.url, "--model_name", "m", "--data", f"a={folder / 'a'}", "--cache", folder / "c"]
         code, _, errors = run(monkeypatch, capsys, *words)
         assert code == 2 and "1 samples have no answer (HTTP 500" in errors[0]
         assert run(monkeypatch, capsys, *words)[0] == 0 and len(server.seen) == 4
+
+
+def test_a_sample_that_is_refused_for_good_is_not_promised_to_be_asked_again(monkeypatch, capsys, folder):
+    pytest.importorskip("openai")
+    monkeypatch.setenv("NO_PROXY", "*")
+    refused = (400, {"error": {"message": "too long"}}, {})
+    with serving(lambda body, number: refused if number == 2 else completion(answer())) as server:
+        words = ["score", "--model", server.url, "--model_name", "m", "--data", f"a={folder / 'a'}", "--cache", folder / "c"]
+        code, _, (error,) = run(monkeypatch, capsys, *words)
+    assert code == 2 and "(HTTP 400: too long): it will be refused again" in error and "asks for those again" not in error
+
+
+def test_no_valid_answer_at_all_is_said_with_the_reason_and_the_scores_are_there(monkeypatch, capsys, folder):
+    """Of three answers two lack the think block, and one names no label: accuracy 0, but not for want of feeling."""
+    pytest.importorskip("openai")
+    monkeypatch.setenv("NO_PROXY", "*")
+    said = ("Sure! Here it is.", answer("{'pride': 1.0}"), "Sure!")
+    with serving(lambda body, number: completion(said[number - 1])) as server:
+        words = ["score", "--model", server.url, "--model_name", "m", "--data", f"a={folder / 'a'}", "--out", folder / "o"]
+        code, out, (error,) = run(monkeypatch, capsys, *words, "--concurrency", "1")
+    assert code == 2 and json.loads(out.splitlines()[-1])["scores"]["a"]["acc"] == 0.0 and len(lines(folder / "o")) == 3
+    assert error.startswith("error: m: none of 3 answers is valid, most often for 'think' (2), such as a/test/d/0: no <th")
+    assert "begins with 'Sure! Here it is.'" in error and error.endswith(f"see {folder / 'o'}")
 
 
 RUNS = [{"a": {"acc": 0.5, "wf1": 0.4}, "average": {"acc": 0.7, "wf1": 0.2}},
@@ -514,7 +538,7 @@ def test_the_command_says_its_scores_and_nothing_of_the_library(place):
     """In a process of its own: the suite has silenced transformers already."""
     root = place.root
     flags = ["--model", root / "base", "--data", f"tiny={root / 'world'}", "--prompts", root / "prompts.json"]
-    command = [sys.executable, "evaluate.py", "score", *map(str, flags), "--limit", "2", "--max_new_tokens", "4"]
+    command = [sys.executable, "evaluate.py", "score", *map(str, flags), "--limit", "2", "--max_new_tokens", "24"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "Loading" not in done.stderr
+    assert (done.returncode, done.stderr.count("Loading")) == (0, 0), done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["samples"] == {"tiny": 2}

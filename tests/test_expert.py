@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 
@@ -88,6 +89,78 @@ def test_an_endpoint_is_asked_with_model_messages_and_settings_and_the_key_is_in
 )
 def test_what_a_completion_says(said, text, finished):
     assert asking.read_completion(json.dumps(said)) == Reply(text, finished, (7, 3))
+
+
+WHOLE = ("stop", "eos", "eos_token", "stop_sequence", "end_turn", "tool_calls", "STOP", "", None, "a word of tomorrow")
+CUT = ("length", "content_filter", "LENGTH", "max_tokens", "MAX_TOKENS", "model_length", "SAFETY")
+
+
+@pytest.mark.parametrize(("word", "finished"), [(w, True) for w in WHOLE] + [(w, False) for w in CUT])
+def test_an_unknown_word_for_the_end_is_an_end(word, finished):
+    assert asking.read_completion(json.dumps(completion("{}", finish=word))) == Reply("{}", finished, (7, 3))
+
+
+def test_a_response_without_a_word_for_the_end_and_one_with_a_structure():
+    found = completion("{}")
+    del found["choices"][0]["finish_reason"]
+    assert asking.read_completion(json.dumps(found)).finished
+    assert not asking.read_completion(json.dumps(completion("{}", finish={"type": "length", "length": 9}))).finished
+
+
+@pytest.mark.parametrize("word", ["error", "abort", "insufficient_system_resource"])
+def test_what_the_server_broke_off_is_no_answer(word):
+    said = asking.read_completion(json.dumps(completion("{", finish=word)))
+    assert isinstance(said, Unanswered) and word in said.why
+
+
+def part(kind, **more):
+    return {"type": kind, **more}
+
+
+@pytest.mark.parametrize(
+    ("content", "beside", "text"),
+    [
+        ([part("text", text="{"), part("text", text="}")], {}, "{}"),
+        (["{", "}"], {}, "{}"),
+        ([{"text": "{}"}], {}, "{}"),
+        (part("text", text="{}"), {}, "{}"),
+        ([part("output_text", text={"value": "{}", "annotations": []})], {}, "{}"),
+        ([part("thinking", thinking="Hm.", signature="s"), part("text", text="{}")], {}, "<think>Hm.</think>\n{}"),
+        ([part("thinking", thinking=[part("text", text="Hm.")]), part("text", text="{}")], {}, "<think>Hm.</think>\n{}"),
+        ([part("reasoning", summary=[part("summary_text", text="Hm.")]), "{}"], {}, "<think>Hm.</think>\n{}"),
+        ([part("redacted_thinking", data="x"), part("text", text="{}")], {}, "{}"),
+        ([part("image_url", image_url={"url": "x"}), part("text", text="{}")], {}, "{}"),
+        ("{}", {"thinking": "Hm."}, "<think>Hm.</think>\n{}"),
+        ("{}", {"reasoning": "Hm.", "reasoning_details": [part("reasoning.text", text="Hm.")]}, "<think>Hm.</think>\n{}"),
+        ("{}", {"reasoning_details": [part("reasoning.summary", summary="Hm.")]}, "<think>Hm.</think>\n{}"),
+        ("{}", {"reasoning_content": "<think>Hm.</think>"}, "<think>Hm.</think>\n{}"),
+        ("{}", {"reasoning_content": "", "reasoning": None, "thinking": " "}, "{}"),
+        (None, {"refusal": "I cannot."}, "I cannot."),
+        ([part("refusal", refusal="I cannot.")], {}, "I cannot."),
+        (None, {"tool_calls": []}, ""),
+    ],
+)
+def test_content_in_parts_and_thoughts_beside_it(content, beside, text):
+    assert asking.read_completion(json.dumps(completion(content, **beside))) == Reply(text, True, (7, 3))
+
+
+@pytest.mark.parametrize("usage", [None, [], "many", {"prompt_tokens": "7"}, {"completion_tokens": 2.5}])
+def test_an_answer_is_not_thrown_away_because_nobody_counted_it(usage):
+    assert asking.read_completion(json.dumps({**completion("{}"), "usage": usage})) == Reply("{}", True, (0, 0))
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        (json.dumps({"id": "x" * 99, "choices": [], "note": "the project has ended"}), "the project has ended"),
+        (json.dumps({"error": {"message": "x" * 99 + " overload", "code": 502}}), f"(no 'choices'): {'x' * 99} overload"),
+        (json.dumps(completion([part("image_url", image_url="x")])), "content of type image_url"),
+        ("<html>\n" + "x" * 99 + "\nBad gateway</html>", "Bad gateway"),
+    ],
+)
+def test_why_there_is_no_answer_is_said_whole_and_in_one_line(body, why):
+    said = asking.read_completion(body)
+    assert said.why.startswith("no chat completion") and why in said.why and "\n" not in said.why
 
 
 @pytest.mark.parametrize("body", ["", "<html>", "[]", "{}", '{"choices": []}', '{"choices": [{"message": null}]}', "deep"])
@@ -211,6 +284,79 @@ def test_the_key_is_in_no_message():
     assert "secret" not in repr(asking.Endpoint("m", "http://x/v1", key="secret"))
 
 
+# What it refuses
+
+
+OTHER = "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+
+
+def newer(body, number):
+    """An endpoint that knows max_tokens by its other name alone."""
+    if "max_tokens" in body:
+        return 400, {"error": {"message": OTHER, "param": "max_tokens", "code": "unsupported_parameter"}}, {}
+    return echo(body, number)
+
+
+def test_the_other_name_of_max_tokens_is_learnt_once():
+    """Four chats one by one: one refusal and five requests; the next four need no refusal."""
+    with serving(newer) as server:
+        who = endpoint(server.url)
+        for requests in (5, 9):
+            found = {}
+            who.answer(chats(4), replace(FAST, concurrency=1), found.__setitem__)
+            assert [found[i].text for i in range(4)] == [f"Question {i}" for i in range(4)]
+            assert len(server.seen) == requests
+    assert [seen.get("max_completion_tokens") for seen in server.seen] == [None] + [50] * 8
+    assert not any("max_tokens" in seen for seen in server.seen[1:])
+
+
+def refusing(status, message, **more):
+    return lambda body, number: (status, {"error": {"message": message, **more}}, {})
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "more", "mend"),
+    [
+        (400, "'temperature' does not support 0.0, only the default (1)", {"param": "temperature"}, "take temperature 0"),
+        (422, "Input validation error: `temperature` must be strictly positive", {}, "give another --temperature"),
+        (400, "'messages[0].role' does not support 'system'", {"code": "unsupported_value"}, "take another one"),
+        (402, "pay", {}, "the account is empty"),
+        (405, "no", {}, "check the URL"),
+        (410, "no", {}, "the model is gone"),
+        (429, "You exceeded your current quota", {"code": "insufficient_quota"}, "the account is empty"),
+    ],
+)
+def test_what_every_request_would_get_ends_the_job_at_once(status, message, more, mend):
+    with serving(refusing(status, message, **more)) as server, pytest.raises(UserError) as caught:
+        asked(server, chats(50), replace(FAST, concurrency=1))
+    told = str(caught.value)
+    assert mend in told and f"HTTP {status}: {message}" in told and "later" not in told
+    assert len(server.seen) == 1
+
+
+@pytest.mark.parametrize("status", [400, 413, 415, 422])
+def test_nothing_is_to_be_tried_later_that_lasts(status):
+    with serving(refusing(status, "odd prompt")) as server, pytest.raises(UserError, match="8 times in a row") as caught:
+        asked(server, chats(50), replace(FAST, concurrency=1))
+    assert "mend what it names" in str(caught.value) and "later" not in str(caught.value)
+    assert len(server.seen) == 8  # none of them twice
+
+
+@pytest.mark.parametrize("status", [408, 409, 425, 429, 503])
+def test_what_passes_is_asked_again(status):
+    with serving(lambda body, number: (status, b"", NOW) if number < 3 else echo(body, number)) as server:
+        assert asked(server) == [Reply("Hi.", True, (7, 3))]
+    assert len(server.seen) == 3
+
+
+def test_a_reason_that_is_no_message_is_told_and_the_key_is_not():
+    """FastAPI has a list under `detail`; the key stands where a long text is cut."""
+    detail = {"detail": [{"loc": ["body", "model"], "msg": "unknown model m"}], "sent": "x" * 300 + "secret-1" * 9}
+    with serving(lambda body, number: (422, detail, {})) as server:
+        (said,) = asked(server, key="secret-1")
+    assert said.lasting and "unknown model m" in said.why and "secret" not in said.why and len(said.why) <= 400
+
+
 # Which experts
 
 
@@ -327,6 +473,39 @@ def test_another_broken_line_is_named(tmp_path, broken):
     (tmp_path / "c").write_text(f"{broken}\n{{}}\n")
     with pytest.raises(UserError, match="c:1: "), asking.open_cache(tmp_path / "c"):
         pass
+
+
+@pytest.mark.parametrize("finish", ["eos_token", "length"])
+def test_the_cache_keeps_the_response_and_not_what_was_made_of_it(tmp_path, finish):
+    """What was paid for is read again: with the words, the parts and the thoughts that the server sent."""
+    content = [part("thinking", thinking="Hm."), part("text", text="{}")]
+    sent = completion(content, finish=finish)
+    with serving(lambda body, number: sent) as server, asking.open_cache(tmp_path / "c") as cache:
+        (first,) = asking.ask(endpoint(server.url), [CHAT], FAST, cache)
+    (row,) = lines(tmp_path / "c")
+    assert row["response"]["choices"][0] == {"message": {"role": "assistant", "content": content}, "finish_reason": finish}
+    with asking.open_cache(tmp_path / "c") as cache:
+        assert list(cache.known.values()) == [first] == [Reply("<think>Hm.</think>\n{}", finish != "length", (7, 3))]
+
+
+def test_what_was_broken_off_is_not_in_the_cache(tmp_path):
+    with serving(lambda body, number: completion("{", finish="abort")) as server, asking.open_cache(tmp_path / "c") as cache:
+        assert isinstance(asking.ask(endpoint(server.url), [CHAT], FAST, cache)[0], Unanswered)
+    assert (tmp_path / "c").read_bytes() == b""
+
+
+def test_of_an_earlier_version_only_whole_answers_are_taken(tmp_path):
+    """It took every word but `stop` for a cut, so those answers are asked for again, once."""
+    with serving(lambda body, number: completion("new", finish="eos_token")) as server:
+        who = endpoint(server.url)
+        keys = [asking.cache_key(who, chat, FAST) for chat in chats(2)]
+        ends = zip(keys, (True, False), strict=True)
+        old = [{"key": key, "expert": "m", "text": "old", "finished": whole, "tokens": [7, 3]} for key, whole in ends]
+        (tmp_path / "c").write_text("".join(json.dumps(row) + "\n" for row in old))
+        for _ in range(2):
+            with asking.open_cache(tmp_path / "c") as cache:
+                assert [x.text for x in asking.ask(who, chats(2), FAST, cache)] == ["old", "new"]
+        assert len(server.seen) == 1
 
 
 def test_a_cache_serves_one_job_at_a_time(tmp_path):
@@ -487,6 +666,32 @@ def test_an_echo_of_the_prompt_is_no_answer():
     assert contracts.parse_personas(said(user), ["Ann", "Bo"]).reason == "sentence"
 
 
+@pytest.mark.parametrize(
+    ("sentence", "valid"),
+    [
+        ("一个温和而乐观的年轻人，说话直接。", True),
+        ("好人。", False),  # two letters
+        ("คนใจดีพูดน้อย", True),
+        ("वह बहुत शांत है।", True),
+        ("शांत लड़की।", False),
+    ],
+)
+def test_personas_in_scripts_of_other_kinds(sentence, valid):
+    text = f"```\n{json.dumps({'王': sentence, 'Theme': '争执'}, ensure_ascii=False)}\n```"
+    found = contracts.parse_personas(said(text), ["王"])
+    assert found == (contracts.Portrait({"王": sentence}, "争执") if valid else Failure("sentence", found.detail))
+
+
+def test_a_name_is_one_however_its_accents_are_typed():
+    names = contracts.speakers([Turn(unicodedata.normalize("NFD", "Thảo"), "Hi.")])
+    for form in ("NFC", "NFD"):
+        name = unicodedata.normalize(form, "Thảo")
+        text = f'```\n{{"{name}": "calm and very kind", "Theme": "peace"}}\n```'
+        assert contracts.parse_personas(said(text), names).personas == {"Thảo": "calm and very kind"}
+    twice = f'```\n{{"Thảo": "a b c", "{name}": "calm and very kind", "Theme": "peace"}}\n```'
+    assert contracts.parse_personas(said(twice), names).reason == "duplicate"
+
+
 def test_a_speaker_may_be_called_theme():
     names = contracts.speakers([Turn("Theme", "Hi.")])
     text = '```\n{"Theme": "A greeter in good spirits.", "Theme of all": "Greetings."}\n```'
@@ -566,7 +771,8 @@ def test_no_valid_answer_at_all_is_said_and_the_failures_are_there(tmp_path):
         flags = ("--expert", server.url, "--expert_model", "m", "--out", tmp_path / "p.jsonl")
         status, told, complained = command("personas", "--data", f"tiny={tmp_path / 'world'}", *flags)
     assert status == 2 and "0 of 1 answers valid" in told
-    assert complained.startswith("error: no answer is valid") and complained.count("\n") == 1
+    assert complained.startswith("error: no answer is valid (sentence 1; the first: that of 'Ann'")
+    assert complained.count("\n") == 1
     assert lines(tmp_path / "p.jsonl.failed")[0]["reason"] == "sentence"
 
 

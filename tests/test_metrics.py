@@ -152,6 +152,12 @@ def test_new_samples_by_hand():
     assert metrics.buffer_metrics(children[:2], children)["new/distinct_2"] == 0.5  # two of four, whatever the case
 
 
+def test_words_of_replies_without_blanks():
+    """Of 好的好的。 the letters are words: three pairs, two of them different."""
+    found = metrics.buffer_metrics([sample("好的好的。", joy=1.0)], [sample("x", joy=1.0)])
+    assert found["new/reply_words"] == 4 and found["new/distinct_2"] == pytest.approx(2 / 3)
+
+
 def test_no_new_samples():
     assert metrics.buffer_metrics([], [sample("x", joy=1.0)]) == {"new/samples": 0}
 

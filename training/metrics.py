@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from common.text import small, words
 from data import Sample, heaviest
 from grpo import iou, low_var_kl
 
@@ -119,17 +120,17 @@ def buffer_metrics(children: Sequence[Sample], originals: Sequence[Sample]) -> d
         return {"new/samples": 0}
     replies = [child.context[-1].text for child in children]
     labels, before = label_mass(children), label_mass(originals)
-    words = [reply.lower().split() for reply in replies]
-    bigrams = [pair for line in words for pair in zip(line, line[1:], strict=False)]
+    lines = [words(small(reply)) for reply in replies]
+    bigrams = [pair for line in lines for pair in zip(line, line[1:], strict=False)]
     return {
         "new/samples": len(children),
         "new/label_entropy": entropy(labels),
         "new/label_js": js_distance(labels, before),
         "new/top_reply": Counter(replies).most_common(1)[0][1] / len(replies),
         "new/distinct_2": len(set(bigrams)) / max(len(bigrams), 1),
-        "new/reply_words": mean(map(len, words)),
+        "new/reply_words": mean(map(len, lines)),
         "new/names_label": mean(
-            any(label in reply.lower() for label in child.gold) for child, reply in zip(children, replies, strict=True)
+            any(label in small(reply) for label in child.gold) for child, reply in zip(children, replies, strict=True)
         ),
     }
 

@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from common.draws import stable_hash
-from common.errors import UserError, command
+from common.errors import command
 from common.flags import Pairs, roots
 from common.scanner import NUMBER, SIGN, WORD, Broken, Scanner
+from common.template import render
 from common.text import clean, small, words
 from corpora import iemocap
 from corpora.check import audit
@@ -239,19 +240,9 @@ def control_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
     return sorted((token for token in tokenizer.get_added_vocab() if len(token.strip()) > 1), key=len, reverse=True)
 
 
-def encode(tokenizer: "PreTrainedTokenizerBase", sample: Sample, prompts: Prompts) -> tuple[list[int], str]:
-    """Prompt ids by the tokenizer's own chat template, and the think block that the template leaves open, else ""."""
-    return render(tokenizer, messages(sample, prompts, control_tokens(tokenizer)))
-
-
-def render(tokenizer: "PreTrainedTokenizerBase", made: list[dict[str, str]]) -> tuple[list[int], str]:
-    """`encode` for messages that are made already. Raises `UserError` where there is no chat template."""
-    if not tokenizer.chat_template:
-        raise UserError(f"{tokenizer.name_or_path}: the tokenizer has no chat template; use a chat (instruct) model")
-    # A template that does not know enable_thinking ignores it.
-    text = str(tokenizer.apply_chat_template(made, tokenize=False, add_generation_prompt=True, enable_thinking=True))
-    opened = re.search(r"<think>\s*\Z", text)
-    return list(tokenizer.encode(text, add_special_tokens=False)), opened[0] if opened else ""
+def encode(tokenizer: "PreTrainedTokenizerBase", sample: Sample, prompts: Prompts, date: str = "") -> tuple[list[int], str]:
+    """Prompt ids of a sample, and the think block that the template leaves open, else "": see `common.template.render`."""
+    return render(tokenizer, messages(sample, prompts, control_tokens(tokenizer)), date)
 
 
 def answer_text(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int], eos_ids: Iterable[int], prefix: str) -> str:

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 import data
 from analysis import audit, byhand
 from analysis.clusters import personas_command
-from analysis.compare import compared, read_baseline
+from analysis.compare import baseline_dates, compared, read_baseline
 from analysis.judge import judge_command
 from analysis.scoring import ScoreCommand, all_answers, datasets_of, unclean
 from analysis.table1 import averaged, rendered, spread, summary
@@ -244,13 +244,18 @@ def span_entropies(
 # The score command
 
 
-def prediction_rows(samples: Sequence[Sample], answers: Sequence[tuple[str, bool]]) -> list[dict[str, Any]]:
-    """What --out keeps, one row a sample: id, gold, the text of the answer, how it reads and what that earns."""
+def prediction_rows(
+    samples: Sequence[Sample], answers: Sequence[tuple[str, bool]], date: str | None = None
+) -> list[dict[str, Any]]:
+    """What --out keeps, one row a sample: id, gold, the text of the answer, how it reads and what that earns.
+
+    `date`: the one that the prompts show, if their chat template shows one.
+    """
     rows = []
     for sample, (text, finished) in zip(samples, answers, strict=True):
         parse = data.parse_output(text, sample.labels, finished=finished)
         scores = score([sample], [parse])
-        asked = {"id": sample.id, "persona": sample.responder.persona, "gold": dict(sample.gold)}
+        asked = {"id": sample.id, "persona": sample.responder.persona, "gold": dict(sample.gold), "date": date}
         said = {"text": text, "finished": finished, "parse": parse_record(parse)}
         rows.append({**asked, **said, "predicted": scores.pred[0], "correct": scores.correct[0], "iou": scores.ious[0]})
     return rows
@@ -311,14 +316,18 @@ def score_command(command: tyro.conf.OmitArgPrefixes[ScoreCommand]) -> int:
     datasets = datasets_of(command)
     baseline, left_out = read_baseline(command.baseline, datasets) if command.baseline else None, unclean(command)
     titles, runs, silent = list[str](), list[dict[str, Any]](), list[str]()
-    for (model, seed), answers in all_answers(command, datasets):
+    for (model, seed, date), answers in all_answers(command, datasets):
         text, numbers = report(
             datasets, answers, lenient=command.lenient, baseline=baseline, seed=command.seed[0], unclean=left_out
         )
         titles.append(f"{model}, seed {seed}" if len(command.seed) > 1 else model)
-        runs.append({"model": model, "split": command.split, "temperature": command.temperature, "seed": seed} | numbers)
+        asked = {"split": command.split, "temperature": command.temperature, "seed": seed, "date": date}
+        runs.append({"model": model, **asked, **numbers})
         print(f"{titles[-1]}\n{text}\n")
-        rows = [row for name in datasets for row in prediction_rows(datasets[name], answers[name])]
+        if date and command.baseline and (others := baseline_dates(command.baseline) - {date}):
+            were = f"prompts of {command.baseline} show the date {', '.join(sorted(others))}, those of {model} {date}"
+            print(f"{were}: --date makes them alike", file=sys.stderr)
+        rows = [row for name in datasets for row in prediction_rows(datasets[name], answers[name], date)]
         several = len(command.model) * len(command.seed) > 1
         path = command.out.with_stem(f"{command.out.stem}-{len(runs)}") if several and command.out else command.out
         if not any(row["predicted"] for row in rows):

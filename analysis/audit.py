@@ -1,28 +1,32 @@
 """The audit of a run: everything that follows from its answers and its config, computed again from the text upwards.
 
 It reads RUN/config.json, RUN/rollouts/iteration-K.jsonl and RUN/buffer.jsonl, uses the functions of grpo.py and data.py
-that training used, and compares exactly. Where RUN/model holds a tokenizer, token ids are decoded too. `show` works a group
-out line by line. The command is `python evaluate.py audit RUN [--show SAMPLE_ID]`.
+that training used, and compares exactly. Where RUN/model holds a tokenizer, token ids are decoded too, and where the data is
+still there, prompts are rendered again. `show` works a group out line by line. The command is
+`python evaluate.py audit RUN [--show SAMPLE_ID]`.
 """
 
 import math
 import re
 import statistics
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import data
-from common.errors import UserError
+from common.errors import UserError, reason
 from common.files import Record, numbered, read_json
+from common.flags import pairs
 from common.hub import eos_ids, load_tokenizer
 from corpora.dialogue import Turn
 from data import Output, Responder, Sample
 from grpo import RULE_BONUS, STD_EPS, advantages, consistency, core_emotions, iou, lam, normalised, reward
+from training.config import of_run
 from training.folder import damage
-from training.records import digest, parse_record, sample_from_record, sample_record
+from training.records import digest, parse_record, parted, sample_from_record, sample_record
+from training.task import read_samples
 
 STRANGERS = (Turn("a stranger", "-"), Turn("another stranger", "-"))  # for a context that the run did not keep
 UNREADABLE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)  # what a damaged record may raise
@@ -42,17 +46,20 @@ def audit(run: Path) -> Findings:
     """Check a run folder. Raises `UserError` where it is no run, has no rollouts, or a line is not JSON."""
     config, records = read_json(run / "config.json"), rollouts(run)
     check_settings(run, config)
-    kept, decoded, damaged = BufferFile(run), decoder(run), damage(run)
+    kept, damaged = BufferFile(run), damage(run)
+    (rendered, silent), decoded = renderer(run, config, kept), decoder(run)
+    checks = [check for check in (decoded, rendered) if check]
     problems, heads = list(damaged or []), list[tuple[str, Record]]()
     for where, record in records:  # one at a time: all of them may be larger than memory
-        problems += [f"{where}: {problem}" for problem in examine(record, config, kept, decoded)]
+        problems += [f"{where}: {problem}" for problem in examine(record, config, kept, checks)]
         heads.append((where, {name: record.get(name) for name in ("step", "weights_version", "iteration", "why")}))
     problems += [*order(heads, config), *kept.left()]
     text = f"{len(heads)} groups of {config['n']} answers, {kept.used} kept: {len(problems)} differences"
     trusted = sum(head["why"] in ("responder", "length") for _, head in heads)
     text += f"; not recomputed: {trusted} refusals for prompt length or want of a responder" if trusted else ""
     text += "" if damaged is not None else "; files not compared with a checkpoint (none that knows their SHA-256)"
-    return Findings(tuple(problems), text if decoded else f"{text}; token ids not decoded (no tokenizer in {run / 'model'})")
+    text += "" if decoded else f"; token ids not decoded (no tokenizer in {run / 'model'})"
+    return Findings(tuple(problems), text if rendered else f"{text}; prompts not rendered again ({silent})")
 
 
 # Reading a run
@@ -142,16 +149,42 @@ def decoder(run: Path) -> Check | None:
     return check
 
 
+def renderer(run: Path, config: Record, kept: BufferFile) -> tuple[Check | None, str]:
+    """The check of prompts against what the run's own tokenizer writes again, or None and why that cannot be."""
+    cfg, folder = of_run(config), run / "model"
+    if not (folder / "tokenizer_config.json").exists():
+        return None, f"no tokenizer in {folder}"
+    if not cfg.date:
+        return None, "an earlier version kept no date"
+    try:
+        prompts = data.read_prompts(Path(cfg.prompts)) if cfg.prompts else data.DEFAULT
+        splits = read_samples(cfg, pairs("data", cfg.data))
+    except (UserError, OSError) as error:
+        return None, reason(error)
+    tokenizer = load_tokenizer(folder)
+    samples = {sample.id: sample for (_, split), found in splits.items() if split == "train" for sample in found}
+
+    def check(record: Record) -> Iterator[str]:
+        sample = samples.get(record["sample_id"]) or kept.made.get(record["sample_id"])
+        if sample is None:
+            yield f"sample_id: {record['sample_id']} is in no data of the run"
+        elif said := parted(tokenizer, record["prompt_ids"], data.encode(tokenizer, sample, prompts, cfg.date)[0]):
+            yield f"prompt_ids: {said}"
+
+    return check, ""
+
+
 # Checking a record
 
 
-def examine(record: Record, config: Record, kept: BufferFile, decoded: Check | None) -> Iterator[str]:
+def examine(record: Record, config: Record, kept: BufferFile, checks: Sequence[Check]) -> Iterator[str]:
     """Every check of one record. Whatever a forger wrote, the audit says so and goes on."""
     try:
         yield from compare(record, {"sha256": digest(record)})
         yield from form(record, config)
         yield from differences(record, config, kept)
-        yield from decoded(record) if decoded else ()
+        for check in checks:
+            yield from check(record)
     except UNREADABLE as error:
         yield f"record: a field is missing or not what it should be: {type(error).__name__} {error}"
 

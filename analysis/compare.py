@@ -65,6 +65,11 @@ def read_baseline(path: Path, datasets: Mapping[str, Sequence[Sample]]) -> dict[
     return correct
 
 
+def baseline_dates(path: Path) -> set[str]:
+    """The dates that the prompts of another model's --out show; none where its chat template shows none."""
+    return {str(date) for date in scored_rows(path, lambda row: row.get("date")) if date is not None}
+
+
 def compared(ours: Sequence[bool], theirs: Sequence[bool], seed: int) -> dict[str, float]:
     """The paired comparison of two systems that were right or wrong on the same samples."""
     names = ("only_this", "only_baseline", "mcnemar_p", "acc_difference", "low", "high")

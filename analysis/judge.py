@@ -198,6 +198,7 @@ class JudgeCommand:
     temperature: float = 1.0  # Of the answers of two models.
     max_new_tokens: int = 2048  # Longest verdict, and longest answer of two models, in tokens.
     seed: int = 0  # Of the pairs, the answers and the bootstrap.
+    date: str = ""  # That the chat template of a folder shows, YYYY-MM-DD; default: today. Endpoints have their own.
     concurrency: int = 8  # Requests under way at once.
 
 
@@ -223,14 +224,14 @@ def judge_command(command: tyro.conf.OmitArgPrefixes[JudgeCommand]) -> int:
     if min(command.limit, command.temperature) < 0 or min(command.max_new_tokens, command.concurrency) < 1:
         raise UserError("--limit and --temperature must be at least 0, --max_new_tokens and --concurrency at least 1")
     judges = open_experts(command.judge, command.judge_name, command.price, flags=("--judge", "--judge_name"))
-    settings = Settings(0.0, command.max_new_tokens, command.seed, command.concurrency)
+    settings = Settings(0.0, command.max_new_tokens, command.seed, command.concurrency, date=command.date)
     if command.run:
         found, note = recorded(command.run, command.early, command.late, moved=command.data, seed=command.seed)
         found = found[: command.limit or None]
     with open_cache(beside(out, "cache")) as cache:
         if not command.run:
             prompts = data.read_prompts(command.prompts) if command.prompts else data.DEFAULT
-            sampled = Settings(command.temperature, command.max_new_tokens, command.seed)
+            sampled = Settings(command.temperature, command.max_new_tokens, command.seed, date=settings.date)
             found, note = answered((command.early, command.late), prompts_of(command), prompts, sampled, cache)
         if not found:
             raise UserError(f"there is no pair to judge; {note}")

@@ -12,6 +12,7 @@ from analysis.table1 import Answers, asked, endpoints, generated
 from common.draws import first_shuffled
 from common.errors import UserError
 from common.flags import Pairs, Switch
+from common.template import day
 from corpora.loading import Context, load, read_gold, read_personas, with_votes
 from corpora.sharing import overlap
 from data import Sample, Scope
@@ -38,6 +39,7 @@ class ScoreCommand:
     max_new_tokens: int = 8192  # Longest answer, in tokens (Table 12); a longer one is cut and so fails the rule.
     seed: tuple[int, ...] = (0,)
     """Of the sampling, one or several (--seed 0 1 2); the first also of the shuffle and the bootstrap."""
+    date: str = ""  # That the chat template of a folder shows, YYYY-MM-DD; default: today. Endpoints have their own.
     concurrency: int = 8  # Requests to an endpoint under way at once.
     cache: Path | None = None  # Answers of endpoints that are there already. Default: FILE.cache beside --out.
     table: Literal["text", "markdown", "latex"] | None = None  # Print accuracy and W-F1 of all models as Table 1 has them.
@@ -92,8 +94,9 @@ def unclean(command: ScoreCommand) -> set[str] | None:
 
 def all_answers(
     command: ScoreCommand, datasets: Mapping[str, Sequence[Sample]]
-) -> Iterator[tuple[tuple[str, int], Answers]]:
-    """The answers of every model with every seed; what is wrong with the flags is said before the first."""
+) -> Iterator[tuple[tuple[str, int, str | None], Answers]]:
+    """(model, seed, date that its prompts show) and answers; what is wrong with the flags is said before the first."""
+    date = day(command.date)  # one for all models, however long they take
     places, cache = endpoints(command.model, command.model_name), command.cache
     if len(command.seed) > 1 and command.temperature == 0:
         raise UserError("several --seed with --temperature 0: greedy answers know no seed; give a temperature")
@@ -104,8 +107,9 @@ def all_answers(
     prompts = data.read_prompts(command.prompts) if command.prompts else data.DEFAULT
     for model in command.model:
         for seed in command.seed:
-            settings = Settings(command.temperature, command.max_new_tokens, seed, command.concurrency)
+            settings = Settings(command.temperature, command.max_new_tokens, seed, command.concurrency, date=date)
             if model in places and cache is not None:
-                yield (places[model].name, seed), asked(places[model], datasets, prompts, settings, cache)
+                yield (places[model].name, seed, None), asked(places[model], datasets, prompts, settings, cache)
             else:
-                yield (model, seed), generated(model, datasets, prompts, settings, command.kv_budget)
+                answers, shown = generated(model, datasets, prompts, settings, command.kv_budget)
+                yield (model, seed, shown), answers

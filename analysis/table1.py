@@ -5,6 +5,7 @@ The command is `python evaluate.py score`.
 
 import re
 import statistics
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -12,6 +13,7 @@ from typing import Literal
 import data
 from common.errors import UserError
 from common.hub import load_tokenizer
+from common.template import remarks, shows_date
 from data import Prompts, Sample
 from experts.asking import Expert, Settings, ask, is_url, open_cache, open_experts, open_local
 from experts.responses import Reply, Unanswered
@@ -47,18 +49,21 @@ def asked(
 
 def generated(
     folder: str, datasets: Mapping[str, Sequence[Sample]], prompts: Prompts, settings: Settings, kv_budget: int | None
-) -> Answers:
+) -> tuple[Answers, str | None]:
     """One answer of a local model per sample, in one call per dataset.
 
-    Raises `UserError` where the model cannot be opened or computes NaN.
+    The second value is the date that its chat template shows, if it shows one. Raises `UserError` where the model cannot be
+    opened or computes NaN.
     """
     tokenizer, answers = load_tokenizer(folder), Answers()
+    for line in remarks(tokenizer, settings.date):
+        print(line, file=sys.stderr, flush=True)
     replies_to = open_local(folder, tokenizer, kv_budget=kv_budget, progress=True)
     for name, samples in datasets.items():
-        encoded = [data.encode(tokenizer, sample, prompts) for sample in samples]
+        encoded = [data.encode(tokenizer, sample, prompts, settings.date) for sample in samples]
         replies = replies_to(encoded, [sample.id for sample in samples], settings)
         answers[name] = [(reply.text, reply.finished) for reply in replies]
-    return answers
+    return answers, settings.date if shows_date(tokenizer) else None
 
 
 def spread(runs: Sequence[Metrics]) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 
 from common.errors import UserError
 from common.files import SUMS, listed, names, unlike
+from common.template import check_template
 
 
 def check_model(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> None:
@@ -41,13 +42,14 @@ def user_errors(what: str) -> Iterator[None]:
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a Hugging Face folder. Raises `UserError` where it is missing or has no chat template."""
+    """The tokenizer of a Hugging Face folder. Raises `UserError` where it is missing or has no chat template that works."""
     check_place(path)
     check_model(Path(path), lambda name: not name.endswith(".safetensors"))
     with user_errors(f"cannot open the tokenizer {path}"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(path))
     if not tokenizer.chat_template:
         raise UserError(f"the tokenizer {path} has no chat template: use a chat model, or add chat_template.jinja")
+    check_template(tokenizer)
     return tokenizer
 
 

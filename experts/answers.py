@@ -36,7 +36,8 @@ def cold_start_answers(task: Task) -> list[tuple[Sample, tuple[int, ...]]]:
     The answers are kept in expert.jsonl of the run. Raises `UserError` where none is valid.
     """
     cfg = task.cfg
-    experts, settings = open_experts(cfg.expert, cfg.expert_model), Settings(cfg.temperature, cfg.max_new_tokens, cfg.seed)
+    experts = open_experts(cfg.expert, cfg.expert_model)
+    settings = Settings(cfg.temperature, cfg.max_new_tokens, cfg.seed, date=cfg.date)
     path, samples = Path(cfg.out) / "expert.jsonl", task.originals
     with open_cache(path) as cache:
         replies = ask_drawn(experts, {x.id: partial(data.messages, x, task.prompts) for x in samples}, settings, cache)

@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,6 +24,7 @@ import data
 from common.draws import stable_hash
 from common.errors import UserError
 from common.hub import eos_ids, load_tokenizer, quiet_transformers
+from common.template import day, remarks, render, written
 from common.text import clean
 from data import MAX_BYTES
 from engine.processes import device_memory
@@ -45,7 +47,10 @@ CHUNK = 32  # prompts that a local expert answers between two writes to the cach
 
 @dataclass(frozen=True)
 class Settings:
-    """How an expert is asked. The first three decide what it says, and with model and prompt they are the cache's key."""
+    """How an expert is asked. The first three decide what it says, and with model and prompt they are the cache's key.
+
+    A prompt holds the date where a local expert's chat template shows one; it is the same one for all that is asked.
+    """
 
     temperature: float = 1.0  # 0 is greedy.
     max_new_tokens: int = 2048  # Longest answer, in tokens.
@@ -54,6 +59,10 @@ class Settings:
     retries: int = 8
     """Of a request after 408, 409, 425, 429, 5xx, a timeout, a cut connection; pauses double to 8 s, or are the server's."""
     timeout: float = 300.0  # Seconds a try may be silent; all tries of a request together have four times as many.
+    date: str = ""  # That the chat template of a folder shows, YYYY-MM-DD; default: today. Endpoints have their own.
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "date", day(self.date))
 
 
 Keep = Callable[[int, Reply | Unanswered], None]
@@ -81,6 +90,10 @@ class Endpoint:
     def identity(self) -> str:
         """The model's part of the cache's key: its name, because a server may move."""
         return self.name
+
+    def asked(self, chat: Chat, settings: Settings) -> Chat | str:
+        """The prompt's part of the cache's key: what is sent."""
+        return chat
 
     def answer(self, chats: Sequence[Chat], settings: Settings, keep: Keep) -> None:
         """Hand the answer to chat number i to `keep` as soon as it is there, `settings.concurrency` asked at once.
@@ -213,15 +226,21 @@ class Local:
         """Texts of the tokenizer's control tokens."""
         return data.control_tokens(self.tokenizer)
 
+    def asked(self, chat: Chat, settings: Settings) -> Chat | str:
+        """The prompt's part of the cache's key: what its chat template writes."""
+        return written(self.tokenizer, chat, settings.date)
+
     def answer(self, chats: Sequence[Chat], settings: Settings, keep: Keep) -> None:
         """Hand the answer to chat number i to `keep`, `CHUNK` answers at a time.
 
         Raises `UserError` where the model cannot be opened or computes NaN.
         """
         replies_to = open_local(self.folder, self.tokenizer)
+        for line in remarks(self.tokenizer, settings.date):
+            print(line, file=sys.stderr, flush=True)
         for first in range(0, len(chats), CHUNK):
             part = chats[first : first + CHUNK]
-            encoded = [data.render(self.tokenizer, chat) for chat in part]
+            encoded = [render(self.tokenizer, chat, settings.date) for chat in part]
             replies = replies_to(encoded, [cache_key(self, chat, settings) for chat in part], settings)
             for i, reply in enumerate(replies, first):
                 keep(i, reply)
@@ -324,7 +343,7 @@ def beside(out: Path, ending: str) -> Path:
 
 def cache_key(expert: Expert, chat: Chat, settings: Settings) -> str:
     """Hash of prompt, model and the settings that decide the answer."""
-    parts = [chat, expert.identity, settings.temperature, settings.max_new_tokens, settings.seed]
+    parts = [expert.asked(chat, settings), expert.identity, settings.temperature, settings.max_new_tokens, settings.seed]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

@@ -87,6 +87,7 @@ def model_answer(folder: str) -> Answer:
 
     import data
     from common.hub import eos_ids, load_tokenizer
+    from common.template import render
     from model import Policy
     from rollout import generate
 
@@ -95,7 +96,7 @@ def model_answer(folder: str) -> Answer:
     stops = eos_ids(folder, tokenizer)
 
     def answer(body: Json, number: int) -> Json:
-        ids, prefix = data.render(tokenizer, body["messages"])
+        ids, prefix = render(tokenizer, body["messages"])
         settings: Json = {"max_new_tokens": body["max_tokens"], "temperature": body["temperature"], "eos_ids": stops}
         with lock:
             ((said,),) = generate(policy, [ids], n=1, keys=[(0, 0, json.dumps(body["messages"]))], **settings)

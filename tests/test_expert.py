@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from conftest import LABELS as EMOTIONS
-from conftest import lines
+from conftest import lines, make_tokenizer
 from endpoint import completion, model_answer, serving
 
 import data
@@ -414,7 +414,7 @@ def test_a_local_expert_that_was_trained_again_is_another_one(place, tmp_path):
     weights.parent.mkdir()
     weights.write_bytes(b"1")
     os.utime(weights, ns=(1, 1))
-    old = asking.Local("base", str(tmp_path / "base"), None)
+    old = asking.Local("base", str(tmp_path / "base"), make_tokenizer())
     before = asking.cache_key(old, CHAT, FAST)
     os.utime(weights, ns=(2, 2))
     assert asking.cache_key(old, CHAT, FAST) != before

@@ -28,6 +28,7 @@ from analysis.table1 import averaged, markdown
 from common.errors import UserError, command
 from common.files import jsonl, read_json, read_lines, write_atomically
 from common.flags import Pairs, pairs
+from common.template import day
 from toy import base
 from training import config
 from training.config import MAY_DIFFER, PRESETS, Config
@@ -121,6 +122,12 @@ def job(args: Ablate, extra: Sequence[str], row: Row, seed: int) -> Job:
     return Job(row, seed, folder, argv, config.parse(argv))
 
 
+def date_of_runs(out: Path, cfg: Config) -> str:
+    """The one date that all runs of a table have: --date, that of a run which is there already, or today."""
+    kept = [str(read_json(path).get("date", "")) for path in sorted(out.glob("*/config.json"))]
+    return day(cfg.date or next(filter(None, kept), ""))
+
+
 # Running
 
 
@@ -131,6 +138,7 @@ def finished(job: Job) -> bool:
     known = read_json(job.folder / "config.json")
     default, wanted = (json.loads(json.dumps(asdict(cfg))) for cfg in (Config(), job.cfg))
     free = MAY_DIFFER - {"lr", "cold_start_lr", "sft_lr"}  # a resumed run may change a rate, a row of a table may not
+    free |= {"date"} if not (known.get("date") and job.cfg.date) else set()  # an older run kept none
     both = {k: (known.get(k, default[k]), v) for k, v in wanted.items() if k not in free}
     changed = ", ".join(f"{k} was {was!r}, is {now!r}" for k, (was, now) in both.items() if was != now)
     if changed:
@@ -274,6 +282,7 @@ def ablate(args: Ablate, extra: Sequence[str]) -> int:
     if args.seeds < 1 or args.jobs < 1:
         raise UserError("--seeds and --jobs must be at least 1")
     cfg = config.parse(("--preset", args.preset, *extra))
+    dated = ("--date", date_of_runs(args.out, cfg), *extra)
     if cfg.model == PRESETS["toy"].model and not Path(cfg.model).exists():
         print("building the toy world in data/toy (once)", flush=True)
         base.build()
@@ -285,7 +294,7 @@ def ablate(args: Ablate, extra: Sequence[str]) -> int:
     for row in rows:
         if row.skip:
             print(f"{row.title} ({row.name}) is left out: {row.skip}", flush=True)
-    jobs = [job(args, extra, row, seed) for row in rows if not row.skip for seed in range(args.seeds)]
+    jobs = [job(args, dated, row, seed) for row in rows if not row.skip for seed in range(args.seeds)]
     write_atomically(args.out / ONE_HOT, jsonl(gold))
     failed = [] if args.show else run_all([job for job in jobs if not finished(job)], args.jobs)
     records = collected(jobs)

@@ -36,6 +36,8 @@ class Config:
     resume: tyro.conf.FlagCreatePairsOff[bool] = False
     """Go on from the newest checkpoint in --out, or start if there is none."""
     seed: int = 0  # Of every shuffle and every random stream.
+    date: str = ""
+    """Date that a chat template shows, YYYY-MM-DD; default: the day the run starts, also when it goes on on another day."""
     iterations: int = 3  # K of Algorithm 1, line 4 (D25: the paper's 3 epochs).
     steps: int = 0  # RL steps S an iteration; 0 = ceil(|D0| / batch_prompts) (D7).
     batch_prompts: int = 64  # Prompts an RL step (Table 12: train_batch_size).

@@ -154,10 +154,14 @@ class Run:
                 signal.signal(number, handler)
 
 
-def open_run(out: Path, settings: Record, *, resume: bool, may_differ: frozenset[str]) -> Run:
+def open_run(
+    out: Path, settings: Record, *, resume: bool, may_differ: frozenset[str],
+    check: Callable[[Path, Record], None] = lambda out, known: None,
+) -> Run:  # fmt: skip
     """Start a run in an empty folder, or go on from its newest checkpoint.
 
-    Raises `UserError` if the folder holds a run and `resume` is not set, or if settings that change results differ.
+    Raises `UserError` if the folder holds a run and `resume` is not set, if settings that change results differ, and what
+    `check` raises for the folder and the settings of a run that would go on. Until then nothing is changed.
     """
     config = out / "config.json"
     found = exchange("run" if config.exists() else "else" if out.exists() and any(out.iterdir()) else "nothing")[0]
@@ -171,11 +175,12 @@ def open_run(out: Path, settings: Record, *, resume: bool, may_differ: frozenset
         return Run(out, settings)
     if not resume:
         raise UserError(f"{out} holds a run already: add --resume to go on with it, or give another --out")
-    known = read_json(config)
+    known = {"date": settings.get("date"), **read_json(config)}  # an earlier version kept no date: `check` compares prompts
     changed = [k for k in {**known, **settings} if k not in may_differ and known.get(k) != settings.get(k)]
     if changed:
         pairs = ", ".join(f"{k} was {known.get(k)!r}, is {settings.get(k)!r}" for k in changed)
         raise UserError(f"{out} was started with other settings ({pairs}): use those, or give another --out")
+    check(out, known)
     checkpoint = newest_checkpoint(out)
     if checkpoint is None:
         if any(path.stat().st_size for path in [*out.glob("rollouts/*.jsonl"), *out.glob("buffer.jsonl")]):

@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from toy import base
 from training.config import MAY_DIFFER, PRESETS, Config, parse
 from training.folder import Run, Stopped, newest_checkpoint, open_run
 from training.plan import plan
+from training.records import check_prompts
 from training.task import NotFinite, Task, open_task
 
 Algorithm = Callable[[Run, Task, Policy], Policy]
@@ -86,12 +88,15 @@ def train(cfg: Config, algorithm: Algorithm) -> bool:
     if cfg.cold_start == "expert" and not (Path(cfg.out) / "cold_start.jsonl").exists():
         open_experts(cfg.expert, cfg.expert_model)  # what is wrong there is said before anything is written
     task = open_task(cfg)
+    cfg = task.cfg
     policy = open_policy(cfg.model, activation_checkpointing=cfg.activation_checkpointing)
     few_threads(policy)
     if cfg.compile:
         compile_blocks(policy)
     settings = {**asdict(cfg), "S": task.S, "T": cfg.iterations * task.S, "versions": versions()}
-    run = open_run(Path(cfg.out), json.loads(json.dumps(settings)), resume=cfg.resume, may_differ=MAY_DIFFER)
+    settings = json.loads(json.dumps({**settings, "prompt_sums": task.prompt_sums}))
+    free, check = MAY_DIFFER | {"prompt_sums"}, partial(check_prompts, task)
+    run = open_run(Path(cfg.out), settings, resume=cfg.resume, may_differ=free, check=check)
     if run.loaded is not None:
         read_part(run.loaded, "weights", weights(policy))
         run.say(f"going on from {run.loaded}")

@@ -2,15 +2,19 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from os.path import commonprefix
+from pathlib import Path
 from typing import Any
 
-from common.files import Record
+import data
+from common.errors import UserError
+from common.files import Record, numbered
 from corpora.dialogue import Turn
 from data import Completion, Failure, Output, Responder, Sample, Selection
 from model import Group
-from training.task import Example
+from training.task import Example, Task
 
 
 @dataclass(frozen=True)
@@ -95,3 +99,45 @@ def sample_from_record(record: Mapping[str, Any]) -> Sample:
     following = Turn(**record["following"]) if record["following"] else None
     responder, labels = Responder(**record["responder"]), tuple(record["labels"])
     return Sample(**{**record, "context": turns, "following": following, "responder": responder, "labels": labels})
+
+
+# Prompts rendered again
+
+
+def check_prompts(task: Task, out: Path, settings: Record) -> None:
+    """Raise `UserError` where the prompts of a task are not those of the run in `out`, which has kept these settings.
+
+    They are not if the data, --prompts, the template or the tokenizer has changed since. A run of an earlier version kept no
+    SHA-256 of its prompts: then those that it has recorded decide.
+    """
+    kept = settings.get("prompt_sums")
+    if kept == task.prompt_sums:
+        return
+    mend = "restore the tokenizer, data and --prompts that it began with (and --date), or give another --out"
+    samples = {sample.id: sample for sample in task.originals}
+    for name, ids in recorded_prompts(out):
+        if name in samples and (said := parted(task.tokenizer, ids, task.encode(samples[name])[0])):
+            raise UserError(f"{out}: the prompt of {name} has changed: {said}; {mend}")
+    if kept is not None:
+        same = kept.items() if isinstance(kept, dict) else ()
+        changed = [split for split, found in task.prompt_sums.items() if (split, found) not in same]
+        raise UserError(f"{out}: prompts of {', '.join(changed)} have changed since the run began (SHA-256); {mend}")
+
+
+def recorded_prompts(out: Path) -> Iterator[tuple[str, list[int]]]:
+    """(sample id, token ids of its prompt), as a run has written them down, one by one."""
+    for path in (out / "cold_start.jsonl", *sorted((out / "rollouts").glob("*.jsonl"))):
+        for _, record in numbered(path):
+            yield record["sample_id"], record["prompt_ids"]
+
+
+def parted(tokenizer: Any, recorded: Sequence[int], now: Sequence[int], around: int = 30) -> str:
+    """Where a prompt differs from the recorded one, in words; "" where they are the same tokens."""
+    if list(recorded) == list(now):
+        return ""
+    was, text = (data.answer_text(tokenizer, ids, (), "") for ids in (recorded, now))
+    at = len(commonprefix([was, text]))
+    if was == text:
+        return f"the same text has other token ids, {len(recorded)} and now {len(now)}"
+    shown = slice(max(0, at - around), at + around)
+    return f"{was[shown]!r} was recorded, now it is {text[shown]!r}"

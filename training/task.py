@@ -1,18 +1,22 @@
 """What a run learns from and is measured on: samples, prompts and tokenizer, the replay buffer, and parsed answers."""
 
+import hashlib
 import itertools
+import json
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import data
 from common.draws import distinct, first_shuffled, shuffled
 from common.errors import UserError
+from common.files import read_json
 from common.flags import number, pairs
 from common.hub import eos_ids, load_tokenizer
+from common.template import day, remarks
 from corpora.dialogue import SPLITS, Weights
 from corpora.loading import label_set, load, read_gold, read_personas, with_votes
 from corpora.sharing import overlap
@@ -33,7 +37,7 @@ class NotFinite(Exception):
 
 @dataclass(frozen=True)
 class Task:
-    """Everything a run reads: samples, tokenizer, prompts."""
+    """Everything a run reads: samples, tokenizer, prompts. `prompt_sums`: split -> SHA-256 of its prompts."""
 
     cfg: Config
     tokenizer: Any
@@ -42,10 +46,11 @@ class Task:
     originals: tuple[Sample, ...]  # D0
     dev: tuple[Sample, ...]
     test: tuple[Sample, ...]
+    prompt_sums: Mapping[str, str] = field(default_factory=dict)
 
     def encode(self, sample: Sample) -> tuple[list[int], str]:
         """Token ids of a sample's prompt, and how its answers begin if the template opened a think block."""
-        return data.encode(self.tokenizer, sample, self.prompts)
+        return data.encode(self.tokenizer, sample, self.prompts, self.cfg.date)
 
     def fits(self, sample: Sample) -> bool:
         """Whether the prompt keeps to the limit."""
@@ -162,12 +167,20 @@ def from_numbers(numbers: Sequence[float]) -> Completion:
 
 
 def open_task(cfg: Config) -> Task:
-    """Read data, tokenizer and prompts, and say what there is. Raises `UserError` for what is missing or wrong."""
+    """Read data, tokenizer and prompts, and say what there is; the settings of the task have a date in any case.
+
+    Raises `UserError` for what is missing or wrong.
+    """
+    cfg = replace(cfg, date=date_of_run(cfg))
     splits = read_splits(cfg)
     tokenizer = load_tokenizer(cfg.model)
     prompts = data.read_prompts(Path(cfg.prompts)) if cfg.prompts else data.DEFAULT
+    for line in remarks(tokenizer, cfg.date):
+        announce(line)
     task = Task(cfg, tokenizer, eos_ids(cfg.model, tokenizer), prompts, (), (), ())
-    fitting = {split: tuple(filter(task.fits, samples)) for split, samples in splits.items()}
+    found = {split: fitting_samples(task, samples) for split, samples in splits.items()}
+    fitting = {split: own for split, (own, _) in found.items()}
+    sums = {split: digest for split, (_, digest) in found.items()}
     if not fitting["train"]:
         raise UserError(f"no training prompt has at most {cfg.max_prompt_tokens} tokens: raise --max_prompt_tokens")
     for split, samples in splits.items():
@@ -180,7 +193,25 @@ def open_task(cfg: Config) -> Task:
         announce(f"personas: {described} of {len(fitting['train'])} training prompts have one" if cfg.personas else none)
     if all(len(sample.gold) == 1 for sample in fitting["train"]):
         announce("gold is one label per sample: answers that all name it alone leave Eq. 12 nothing to compare (D14)")
-    return replace(task, originals=fitting["train"], dev=fitting["dev"], test=fitting["test"])
+    return replace(task, originals=fitting["train"], dev=fitting["dev"], test=fitting["test"], prompt_sums=sums)
+
+
+def date_of_run(cfg: Config) -> str:
+    """The date that the chat template sees in a run: --date, or what the run has kept, or today where rank 0 is."""
+    config = Path(cfg.out) / "config.json"
+    kept = read_json(config).get("date") if cfg.resume and config.exists() else ""
+    return exchange(day(cfg.date or str(kept or "")))[0]
+
+
+def fitting_samples(task: Task, samples: Iterable[Sample]) -> tuple[tuple[Sample, ...], str]:
+    """The samples whose prompts keep to the limit, and the SHA-256 of these prompts."""
+    kept, sums = list[Sample](), hashlib.sha256()
+    for sample in samples:
+        ids, _ = task.encode(sample)
+        if len(ids) <= task.cfg.max_prompt_tokens:
+            kept.append(sample)
+            sums.update(json.dumps([sample.id, ids]).encode())
+    return tuple(kept), sums.hexdigest()
 
 
 def mixture_line(samples: Sequence[Sample]) -> str:

@@ -4,7 +4,6 @@ An answer is written down the moment it is there, so a stopped job goes on where
 """
 
 import asyncio
-import fcntl
 import hashlib
 import importlib.util
 import json
@@ -22,7 +21,8 @@ from tqdm import tqdm
 import data
 from common.draws import stable_hash
 from common.errors import UserError
-from common.hub import eos_ids, load_tokenizer, quiet_transformers
+from common.files import lock, named
+from common.hub import eos_ids, openable, quiet_transformers
 from common.text import clean
 from data import MAX_BYTES
 from engine.processes import device_memory
@@ -293,7 +293,7 @@ def open_experts(
             key = os.environ.get(f"OPENAI_API_KEY_{n}") or os.environ.get("OPENAI_API_KEY", "")
             found.append(Endpoint(next(named), place, price, key))
         else:
-            found.append(Local(Path(place).resolve().name, place, load_tokenizer(place), price))
+            found.append(Local(Path(place).resolve().name, place, openable(place), price))
     if len({expert.name for expert in found}) < len(found):
         raise UserError(f"two experts are called the same ({', '.join(x.name for x in found)}): their answers would mix")
     return found
@@ -340,8 +340,9 @@ class Cache:
     def add(self, key: str, expert: str, reply: Reply) -> None:
         """Write an answer down at once, as one line."""
         row = {"key": key, "expert": expert, "text": reply.text, "finished": reply.finished, "tokens": reply.tokens}
-        self.file.write(json.dumps(row).encode() + b"\n")
-        self.file.flush()
+        with named(Path(self.file.name)):
+            self.file.write(json.dumps(row).encode() + b"\n")
+            self.file.flush()
         self.known[key] = reply
 
 
@@ -352,16 +353,20 @@ def open_cache(path: Path) -> Iterator[Cache]:
     Raises `UserError` where another job has it open and where another line is broken.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    in_use = f"{path} is in use by another job: wait for it, or give another --cache"
     with path.open("a+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{path} is in use by another job: wait for it, or give another --cache") from None
+        lock(file, in_use)
+        if not os.fstat(file.fileno()).st_nlink:  # the job before has just removed it, empty
+            raise UserError(in_use)
         file.seek(0)
         lines = file.read().split(b"\n")
         if lines[-1]:
             file.truncate(file.tell() - len(lines[-1]))
-        yield Cache(file, dict(cached(path, number, line) for number, line in enumerate(lines[:-1], 1) if line))
+        try:
+            yield Cache(file, dict(cached(path, number, line) for number, line in enumerate(lines[:-1], 1) if line))
+        finally:
+            if not os.fstat(file.fileno()).st_size:  # nobody has answered
+                path.unlink(missing_ok=True)
 
 
 def cached(path: Path, number: int, line: bytes) -> tuple[str, Reply]:

@@ -9,6 +9,7 @@ recognise, somebody who answers, and gold weights. `encode` makes its prompt, `p
 `new_sample` turn the best answer into another sample.
 """
 
+import common  # noqa: F401  # isort: skip  its check of Python comes first
 import math
 import re
 import statistics

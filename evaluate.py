@@ -8,6 +8,7 @@
 An answer without a valid output is a wrong answer, never a missing one: it is counted and its reason shown (D15).
 """
 
+import common  # noqa: F401  # isort: skip  its check of Python comes first
 import json
 import math
 import sys
@@ -30,7 +31,7 @@ from analysis.judge import judge_command
 from analysis.scoring import ScoreCommand, all_answers, datasets_of, unclean
 from analysis.table1 import averaged, rendered, spread, summary
 from common.errors import UserError, command
-from common.files import build_records, jsonl
+from common.files import build_records, jsonl, write_atomically
 from common.flags import Switch
 from data import Completion, Failure, Output, Sample, heaviest
 from engine.batches import my_micro_batches
@@ -333,7 +334,7 @@ def score_command(command: tyro.conf.OmitArgPrefixes[ScoreCommand]) -> int:
         if not any(row["predicted"] for row in rows):
             silent.append(f"{titles[-1]}: {why_invalid(rows)}; see {path or 'them all with --out FILE'}")
         if path:
-            path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+            write_atomically(path, jsonl(rows))
     scores = [run["scores"] for run in runs]
     if len(runs) > 1 or command.table:
         print(rendered(command.table or "text", titles, scores, [*datasets, *(["average"] if len(datasets) > 1 else [])]))

@@ -2,14 +2,14 @@
 
     python minimal.py        some steps on a small invented world, offline, in about a minute on a CPU
 
-Read `self_emo` first, near the end: it is Algorithm 1, and the functions above it are its lines. grpo.py has Eqs. 8-14,
-data.py the prompt, the parser of Eq. 6 and the new samples of Eq. 7, PAPER.md the decisions D1-D28 where the paper is
-silent. Everything is computed the slow way; selfemo.py does the same fast, and tests/test_minimal.py compares the two.
+Read `self_emo` first, near the end: the functions above it are its lines. grpo.py has Eqs. 8-14, data.py Eqs. 6 and 7,
+PAPER.md the decisions D1-D28. Everything is slow here; selfemo.py does the same fast, as tests/test_minimal.py checks.
 
 A tensor with more than one dimension carries its shape as a suffix: B answers (P prompts, n answers to each, so B = P * n,
 prompt by prompt), T tokens of an answer, Z tokens of a prompt and its answer (both padded on the right), V vocabulary.
 """
 
+import common  # noqa: F401  # isort: skip  its check of Python comes first
 import copy
 import itertools
 import sys
@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 import data
 from common.draws import Key, distinct, first_shuffled, shuffled, uniform
 from common.errors import command
-from common.hub import quiet_transformers
+from common.hub import quiet_transformers, user_errors
 from data import Completion, Output, Sample, Selection
 from grpo import advantages, consistency, core_emotions, lam, low_var_kl, policy_loss, reward, token_weights
 
@@ -275,9 +275,9 @@ def main(folder: Path, cfg: Settings) -> None:
     """Algorithm 1 on 24 samples of the toy world in `folder`."""
     quiet_transformers()
     torch.set_num_threads(1)  # the matrix products are too small for a second thread
-    tokenizer = AutoTokenizer.from_pretrained(folder / "base")
-    lm = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
-    samples = data.read_samples("toy", folder / "world", "train")
+    with user_errors(f"cannot open the model {folder / 'base'}"):
+        tokenizer = AutoTokenizer.from_pretrained(folder / "base")
+        lm = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
 
     def watch(t: int, groups: Sequence[Group], selections: Sequence[Selection]) -> None:
         mean = sum(sum(group.rewards) for group in groups) / (cfg.batch_prompts * cfg.n)
@@ -286,7 +286,7 @@ def main(folder: Path, cfg: Settings) -> None:
         if t + 1 == cfg.iterations * cfg.steps:  # of its groups, the one whose answers differ most
             show(*max(zip(groups, selections, strict=True), key=lambda pair: len(set(pair[0].advantages))))
 
-    self_emo(lm, tokenizer, first_shuffled(samples, 24, "minimal"), cfg, watch)
+    self_emo(lm, tokenizer, first_shuffled(data.read_samples("toy", folder / "world", "train"), 24, "minimal"), cfg, watch)
 
 
 if __name__ == "__main__":

@@ -21,17 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import (
-    AttentionInterface,
-    AutoConfig,
-    AutoModelForCausalLM,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from common.errors import UserError
-from common.hub import check_model, check_place, user_errors
+from common.hub import check_model, read_config, user_errors
 from common.shrunk import FAR, NEAR, Known, positions, random_model, shrunk
 
 ATTENTION = "selfemo"  # the name under which transformers finds our attention
@@ -227,25 +220,23 @@ class Policy(nn.Module):
         Raises `UserError` where it cannot be opened, where weights are missing, and where sharing a prompt would change
         what the model says (recurrent layers, scaled logits).
         """
-        check_place(path)
+        longest = check_architecture(read_config(path), path)
         check_model(Path(path))
         with user_errors(f"cannot open the model {path}"):
-            config = AutoConfig.from_pretrained(str(path))
-        longest = check_architecture(config, path)
-        with user_errors(f"cannot open the model {path}"):
             opened: Any = AutoModelForCausalLM.from_pretrained(
-                str(path), dtype=dtype, attn_implementation=ATTENTION, output_loading_info=True
-            )
-            lm, missing = opened[0], opened[1]["missing_keys"]
+                str(path), dtype=dtype, attn_implementation=ATTENTION, output_loading_info=True, trust_remote_code=False,
+                ignore_mismatched_sizes=True,
+            )  # fmt: skip
+            lm, missing = opened[0], {*opened[1]["missing_keys"], *(name for name, *_ in opened[1]["mismatched_keys"])}
             if missing:
-                raise ValueError(f"it lacks {len(missing)} weights, one is {min(missing)}")
+                raise ValueError(f"{len(missing)} weights are missing or not of the size in config.json: {min(missing)}")
             for parameter in lm.parameters():  # out of the mapped file: products depend, in the last bit, on alignment
                 parameter.data = parameter.data.clone()
-        policy = cls(lm).to(device)
-        try:
-            check_sharing(policy)
-        except Unlike as error:
-            raise UserError(f"the model {path} cannot share prompts: {error}") from error
+            policy = cls(lm).to(device)
+            try:
+                check_sharing(policy)
+            except Unlike as error:
+                raise UserError(f"the model {path} cannot share prompts: {error}") from error
         policy.longest = longest
         return policy
 

@@ -15,6 +15,7 @@ standard deviation + 1e-6 (D5); the cold start learns format from the model's ow
 Shapes: P prompts, B answers prompt-major, T answer tokens (right-padded), N the tokens of all answers in one row.
 """
 
+import common  # noqa: F401  # isort: skip  its check of Python comes first
 import sys
 import time
 from collections.abc import Iterator, Sequence

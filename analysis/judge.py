@@ -27,7 +27,8 @@ from common.flags import Pairs, pairs
 from common.text import clean
 from corpora import loading
 from data import Failure, Sample
-from experts.asking import Cache, Chat, Expert, Settings, ask, beside, open_cache, open_experts
+from experts.asking import Chat, Expert, Settings, ask, beside, open_experts
+from experts.cache import Cache, open_cache
 from experts.contracts import whole_text
 from experts.responses import Reply, Unanswered
 

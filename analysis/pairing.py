@@ -17,7 +17,8 @@ from common.errors import UserError
 from common.files import Record, read_json, read_lines
 from common.flags import pairs
 from data import Failure, Output, Prompts, Sample
-from experts.asking import Cache, Settings, ask, open_experts
+from experts.asking import Settings, ask, open_experts
+from experts.cache import Cache
 from experts.responses import Reply, Unanswered
 from training.config import of_run
 from training.folder import undamaged

@@ -12,6 +12,7 @@ from analysis.table1 import Answers, asked, endpoints, generated
 from common.draws import first_shuffled
 from common.errors import UserError
 from common.flags import Pairs, Switch
+from common.hub import openable
 from common.template import day
 from corpora.loading import Context, load, read_gold, read_personas, with_votes
 from corpora.sharing import overlap
@@ -104,6 +105,8 @@ def all_answers(
         if command.out is None:
             raise UserError("--model URL: give --out FILE or --cache FILE, where answers that cost are kept")
         cache = command.out.with_name(f"{command.out.name}.cache")
+    for folder in set(command.model) - set(places):
+        openable(folder)
     prompts = data.read_prompts(command.prompts) if command.prompts else data.DEFAULT
     for model in command.model:
         for seed in command.seed:

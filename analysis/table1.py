@@ -15,7 +15,8 @@ from common.errors import UserError
 from common.hub import load_tokenizer
 from common.template import remarks, shows_date
 from data import Prompts, Sample
-from experts.asking import Expert, Settings, ask, is_url, open_cache, open_experts, open_local
+from experts.asking import Expert, Settings, ask, is_url, open_experts, open_local
+from experts.cache import open_cache
 from experts.responses import Reply, Unanswered
 
 Metrics = Mapping[str, Mapping[str, float]]  # row (a dataset, `average`, ...) -> metric -> value

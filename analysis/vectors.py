@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import UserError
-from common.hub import quiet_transformers
-from common.text import bare, clean, is_blankless, words
+from common.hub import quiet_transformers, user_errors
+from common.text import bare, is_blankless, words
 
 Floats = NDArray[np.float64]
 
@@ -52,10 +52,9 @@ def encoder_vectors(texts: Sequence[str], folder: str, batch: int = 32) -> Float
     from transformers import AutoModel, AutoTokenizer
 
     quiet_transformers()
-    try:
-        tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot open the encoder {folder}: {clean(str(error))[:200]}") from None
+    with user_errors(f"cannot open the encoder {folder}"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        model = AutoModel.from_pretrained(folder, trust_remote_code=False).eval()
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     parts = []
     for first in range(0, len(texts), batch):

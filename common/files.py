@@ -4,15 +4,19 @@ A folder that holds weights, a checkpoint or the exported model, has a file SHA2
 command of that name: `sha256sum -c SHA256SUMS` says the same as `unlike`.
 """
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
-from common.errors import UserError
+from common.errors import UserError, reason, tell
 
 Record = dict[str, Any]
 Built = TypeVar("Built")
@@ -122,15 +126,56 @@ def build_records(path: Path, records: Sequence[Record], build: Callable[[Record
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write aside, sync, rename: the file is the old one or the new one, never half of it."""
+    """Write aside, sync, rename: the file is the old one or the new one, never half of it. A device is written to.
+
+    Raises OSError with the name of the file; what was written aside is gone then.
+    """
+    raw = content.encode() if isinstance(content, str) else content
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.is_file():  # /dev/null or a pipe: a rename would put a file in its place
+        with named(path):
+            path.write_bytes(raw)
+        return
     aside = path.with_name(f".{path.name}.tmp")
-    with aside.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    try:
+        with named(path), aside.open("wb") as file:
+            file.write(raw)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
     sync(path.parent)
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Let an OSError of writing (no space left) say of which file it speaks; Python leaves that out."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def lock(file: IO[bytes], in_use: str) -> None:
+    """Keep an open file for this process alone, until it is closed. Raises `UserError(in_use)` where another one has it.
+
+    Where the file system knows no locks the work goes on without, and one line on stderr says so.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if isinstance(error, BlockingIOError) or error.errno == errno.EACCES:
+            raise UserError(in_use) from None
+        without_locks(Path(file.name).parent, reason(error))
+
+
+@cache
+def without_locks(folder: Path, why: str) -> None:
+    """Say once that nothing notices a second job on the files of a folder."""
+    tell(f"{folder} cannot lock files ({why}): going on; see to it yourself that no other job works on them")
 
 
 def jsonl(records: Sequence[Mapping[str, Any]]) -> str:

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from common.hub import read_config
 from engine.cascade import kernels_for, layout_for
 from engine.processes import device, exchange, rank, ranks_here, size, wait
 from model import ATTENTION, Policy, attention
@@ -156,7 +157,7 @@ def open_policy(path: str | Path, *, activation_checkpointing: bool = False) -> 
         source = Policy.load(path, "auto") if rank() == 0 else None
         wait()  # a model from the hub is downloaded once
         compute = torch.bfloat16 if device().type == "cuda" else torch.float32
-        policy = sharded(AutoConfig.from_pretrained(str(path)), compute=compute, where=device())
+        policy = sharded(read_config(path), compute=compute, where=device())
         fill(policy, source)
         if source:
             policy.lm.generation_config = source.lm.generation_config  # for the export: all stop tokens are in it

@@ -2,3 +2,5 @@
 
 Stands beside `training`, which calls it for the cold start, as evaluate.py and analysis/ do for their questions.
 """
+
+import common  # noqa: F401  its check of Python comes first

@@ -22,7 +22,8 @@ from common.flags import Pairs, roots
 from corpora import loading
 from corpora.dialogue import SPLITS, Turn
 from data import Failure, Sample
-from experts.asking import KEPT, Cache, Expert, Settings, ask, ask_drawn, beside, open_cache, open_experts
+from experts.asking import KEPT, Expert, Settings, ask, ask_drawn, beside, open_experts
+from experts.cache import Cache, open_cache
 from experts.contracts import gold_chat, parse_gold, parse_personas, persona_chat, reason_counts, speakers
 
 Item = TypeVar("Item")

@@ -6,7 +6,8 @@ from pathlib import Path
 import data
 from common.errors import UserError
 from data import Failure, Sample
-from experts.asking import Settings, ask_drawn, open_cache, open_experts
+from experts.asking import Settings, ask_drawn, open_experts
+from experts.cache import open_cache
 from experts.contracts import reason_counts
 from experts.responses import THINK, Reply, Unanswered
 from training.task import Task

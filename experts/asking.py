@@ -4,18 +4,16 @@ An answer is written down the moment it is there, so a stopped job goes on where
 """
 
 import asyncio
-import fcntl
 import hashlib
 import importlib.util
 import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from tqdm import tqdm
@@ -23,12 +21,13 @@ from tqdm import tqdm
 import data
 from common.draws import stable_hash
 from common.errors import UserError
-from common.hub import eos_ids, load_tokenizer, quiet_transformers
+from common.hub import eos_ids, openable, quiet_transformers
 from common.template import day, remarks, render, written
 from common.text import clean
 from data import MAX_BYTES
 from engine.processes import device_memory
 from experts import responses
+from experts.cache import Cache
 from experts.responses import Reply, Unanswered, read_completion
 from model import Policy
 from rollout import generate
@@ -310,7 +309,7 @@ def open_experts(
             key = os.environ.get(f"OPENAI_API_KEY_{n}") or os.environ.get("OPENAI_API_KEY", "")
             found.append(Endpoint(next(named), place, price, key))
         else:
-            found.append(Local(Path(place).resolve().name, place, load_tokenizer(place), price))
+            found.append(Local(Path(place).resolve().name, place, openable(place), price))
     if len({expert.name for expert in found}) < len(found):
         raise UserError(f"two experts are called the same ({', '.join(x.name for x in found)}): their answers would mix")
     return found
@@ -333,7 +332,7 @@ def read_price(text: str) -> tuple[float, float]:
     return prices[0], prices[1]
 
 
-# The cache
+# Names of what is kept
 
 
 def beside(out: Path, ending: str) -> Path:
@@ -345,60 +344,6 @@ def cache_key(expert: Expert, chat: Chat, settings: Settings) -> str:
     """Hash of prompt, model and the settings that decide the answer."""
     parts = [expert.asked(chat, settings), expert.identity, settings.temperature, settings.max_new_tokens, settings.seed]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-@dataclass(frozen=True)
-class Cache:
-    """Answers that are there already, and the file that new ones are added to."""
-
-    file: IO[bytes]
-    known: dict[str, Reply]
-
-    def add(self, key: str, expert: str, reply: Reply) -> None:
-        """Write an answer down at once, as one line."""
-        row = {"key": key, "expert": expert, "response": reply.response or responses.as_response(reply)}
-        self.file.write(json.dumps(row).encode() + b"\n")
-        self.file.flush()
-        self.known[key] = reply
-
-
-@contextmanager
-def open_cache(path: Path) -> Iterator[Cache]:
-    """The cache in a file of JSON lines; a last line that was cut off is removed.
-
-    Raises `UserError` where another job has it open and where another line is broken.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{path} is in use by another job: wait for it, or give another --cache") from None
-        file.seek(0)
-        lines = file.read().split(b"\n")
-        if lines[-1]:
-            file.truncate(file.tell() - len(lines[-1]))
-        rows = (cached(path, number, line) for number, line in enumerate(lines[:-1], 1) if line)
-        yield Cache(file, {key: reply for row in rows for key, reply in row})
-
-
-def cached(path: Path, number: int, line: bytes) -> Iterator[tuple[str, Reply]]:
-    """The key and the answer of a line of the cache; none where it has to be asked for again.
-
-    Earlier versions kept what they made of a response, and counted answers as cut off that were not: of theirs, only those
-    that count as whole are taken.
-    """
-    try:
-        row = json.loads(line)
-        if "response" in row:
-            reply = responses.read_response(row["response"])
-        else:
-            asked, said = row["tokens"]
-            reply = Reply(str(row["text"]), row["finished"] is True, (int(asked), int(said)))
-        if isinstance(reply, Reply) and (reply.finished or "response" in row):
-            yield str(row["key"]), reply
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}:{number}: {error}; remove that line: its prompt is asked again") from None
 
 
 # Asking

@@ -21,6 +21,7 @@ from transformers import CONFIG_MAPPING, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from common.errors import UserError
+from common.hub import unfit
 from common.shrunk import FAR, NEAR, random_model, shrunk
 from model import ATTENTION, Group, Policy, check_architecture
 from rollout import generate
@@ -67,6 +68,8 @@ def tried(name: str) -> Row:
     for needs, settings in TRIED.items():
         try:
             config = configuration(name, settings)
+            if why := unfit(config):
+                raise UserError(why.partition(":")[0])
             longest = check_architecture(config, name)
             sampled(config, longest)
             return Row(name, "", needs, longest)

@@ -1,16 +1,25 @@
 """How commands end: silent without a reader, one line for a mistake; a checkpoint is claimed where there is one."""
 
 import ast
+import errno
+import fcntl
+import io
 import json
 import os
+import signal
+import stat
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 
-from common.errors import READER_GONE, UserError, command, reason
+from common.errors import READER_GONE, UserError, command, reason, tell
+from common.files import lock, write_atomically
 from engine import batches
+from experts import asking, cache
+from tools import ablate
 from training import folder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,6 +52,183 @@ def test_errors_into_a_closed_pipe_are_silent_too():
     done = subprocess.run([sys.executable, "data.py", "stats"], cwd=ROOT, stdout=write, stderr=write, timeout=120)
     os.close(write)
     assert done.returncode == READER_GONE
+
+
+# Output that cannot be written
+
+
+def started(words, redirected, **environment):
+    """(exit status, stderr) of a command under a redirection of the shell."""
+    argv = ["sh", "-c", f'exec "$@" {redirected}', "sh", sys.executable, *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "", **environment}
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("words", [*COMMANDS[1:2], *COMMANDS[3:5]])
+def test_a_full_disk_under_the_output_is_one_line(place, finished, words):
+    """/dev/full takes nothing. Python's own try to write it at its end would add a line and end with 120."""
+    given = words.format(world=place.root / "world", finished=finished).split()
+    status, said = started(given, "> /dev/full")
+    assert status == 2 and said.count("\n") == 1
+    assert said.startswith("error: No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("redirected", "status", "said"),
+    [
+        (">&-", 2, "error: stdout is closed: send it to a file, or to /dev/null\n"),
+        ("1< /dev/null", 2, "error: Bad file descriptor\n"),
+        ("> /dev/full 2> /dev/full", 2, ""),
+        ("> /dev/null 2> /dev/full", 0, ""),
+        ("> /dev/null 2>&-", 0, ""),
+    ],
+)
+def test_whatever_is_wrong_with_stdout_or_stderr_is_one_line_at_most(place, redirected, status, said):
+    assert started(["data.py", "stats", "--data", f"tiny={place.root / 'world'}"], redirected) == (status, said)
+
+
+def test_a_run_whose_output_is_full_writes_nothing(place, tmp_path):
+    status, said = started(["selfemo.py", *place.argv(tmp_path / "run")], "> /dev/full")
+    assert (status, said) == (2, "error: No space left on device\n")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mistake_is_said_once_although_stdout_is_full_too():
+    """What was printed before the mistake cannot be written either; the line is the mistake's."""
+    code = """if True:
+        import sys
+        from common.errors import UserError, command
+
+        def work():
+            print("half")
+            raise UserError("odd")
+
+        sys.exit(command(work))
+    """
+    assert started(["-c", code], "> /dev/full") == (2, "error: odd\n")
+
+
+def test_a_status_of_its_own_does_not_hide_that_the_findings_are_lost():
+    code = "import sys; from common.errors import command; sys.exit(command(lambda: print('found') or 1))"
+    assert started(["-c", code], "> /dev/full") == (2, "error: No space left on device (stdout)\n")
+
+
+def test_a_terminal_without_unicode_shows_what_it_can(tmp_path):
+    """U+4E2D is written as its escape; Python alone would end with UnicodeEncodeError."""
+    row = {"id": "d", "turns": [{"speaker": "Ann", "text": "x", "label": "\u4e2d"}]}
+    for name in ("train", "dev", "test"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    (tmp_path / "labels.json").write_text(json.dumps(["\u4e2d", "joy"]), encoding="utf-8")
+    argv = [sys.executable, "data.py", "stats", "--data", f"zh={tmp_path}"]
+    done = subprocess.run(argv, cwd=ROOT, env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"\\u4e2d" in done.stdout
+
+
+def test_no_work_ends_because_its_log_cannot_be_written(monkeypatch):
+    """A signal asks a run to save; that the line about it has no reader must not keep it from saving."""
+
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sys, "stderr", Full())
+    tell("saving after this step")
+    run = types.SimpleNamespace(stop_asked=False)
+    with folder.Run.signals(run):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert run.stop_asked
+
+
+def test_what_cannot_be_written_is_named_and_nothing_half_is_left(tmp_path, monkeypatch):
+    path = tmp_path / "answers.jsonl"
+    write_atomically(path, "old\n")
+
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError) as told:
+        write_atomically(path, "new\n")
+    assert reason(told.value) == f"No space left on device ({path})"
+    assert path.read_text() == "old\n" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_device_is_written_to_and_stays_one(tmp_path):
+    """A rename over a pipe, or over /dev/null, would put a file in its place."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_atomically(pipe, "answers")
+    assert os.read(reader, 100) == b"answers"
+    assert stat.S_ISFIFO(pipe.stat().st_mode) and list(tmp_path.iterdir()) == [pipe]
+    os.close(reader)
+
+
+# Files that one job alone may write
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.EINVAL, errno.ENOLCK, errno.EIO])
+def test_a_file_system_without_locks_is_said_once_and_the_work_goes_on(tmp_path, monkeypatch, capsys, number):
+    def flock(handle, how):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    for name in ("a", "b", "a"):
+        with (tmp_path / name).open("ab") as file:
+            lock(file, "in use")
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert said.startswith(f"{tmp_path} cannot lock files ({os.strerror(number)}): going on")
+
+
+@pytest.mark.parametrize("number", [errno.EWOULDBLOCK, errno.EACCES])
+def test_a_lock_that_another_job_holds_is_a_mistake(tmp_path, monkeypatch, number):
+    """As file systems over the network say it too: EACCES."""
+
+    def flock(handle, how):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with (tmp_path / "a").open("ab") as file, pytest.raises(UserError, match="^in use$"):
+        lock(file, "in use")
+
+
+def test_a_lock_lasts_until_the_file_is_closed(tmp_path):
+    with (tmp_path / "a").open("ab") as one, (tmp_path / "a").open("ab") as other:
+        lock(one, "in use")
+        with pytest.raises(UserError, match="^in use$"):
+            lock(other, "in use")
+        one.close()
+        lock(other, "in use")
+
+
+def test_a_cache_and_a_table_go_on_where_nothing_can_be_locked(place, tmp_path, monkeypatch, capsys):
+    def flock(handle, how):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with cache.open_cache(tmp_path / "cache" / "c") as cache:
+        cache.add("k", "m", asking.Reply("hi", True, (1, 2)))
+    job = ablate.job(ablate.Ablate(tmp_path / "table"), place.argv("")[:-2], ablate.Row("full", "full"), 0)
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **more: "started")
+    assert ablate.start(job) == "started"
+    assert capsys.readouterr().err.count("cannot lock files (Function not implemented)") == 2
+
+
+def test_a_cache_in_which_nothing_was_answered_is_not_left(tmp_path):
+    """Also for who has just opened what the job before removed: what it wrote there would be gone."""
+    with pytest.raises(ValueError), cache.open_cache(tmp_path / "c"):
+        raise ValueError
+    assert not (tmp_path / "c").exists()
+    with cache.open_cache(tmp_path / "c") as cache:
+        (tmp_path / "c").unlink()
+        late = os.dup(cache.file.fileno())
+    with cache.open_cache(tmp_path / "c") as cache:
+        cache.add("k", "m", asking.Reply("hi", True, (1, 2)))
+    assert (tmp_path / "c").exists() and os.fstat(late).st_nlink == 0
+    os.close(late)
 
 
 def test_every_program_of_the_tree_ends_that_way():

@@ -1,8 +1,12 @@
 """The house keeps its rules: seven files at the root, rooms in layers, no import circle, nothing too long."""
 
 import ast
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FRONT = {"minimal", "selfemo", "grpo", "data", "rollout", "model", "evaluate"}
@@ -11,6 +15,7 @@ LAYERS = (  # lowest first: a file imports from its own layer or from lower ones
     {"common"}, {"corpora"}, {"data", "grpo"}, {"model"}, {"engine"}, {"rollout"}, {"training", "experts", "toy"},
     {"analysis"}, {"evaluate"}, {"selfemo", "minimal", "toy.__main__"}, {"tools"}, {"tests"},
 )  # fmt: skip
+ROOMS_OF_COMMANDS = ("experts", "toy", "tools")
 MOST_LINES, LONGEST_FUNCTION, NAMES_OF_SELFEMO = 450, 60, 30
 
 
@@ -52,8 +57,30 @@ def test_the_root_holds_seven_files_and_the_rooms_are_those_of_the_plan():
     rooms = {path.parent.relative_to(ROOT).parts[0] for path in files().values() if path.parent != ROOT}
     assert rooms == set(ROOMS)
     for room in set(ROOMS) - {"tests"}:
-        said = ast.get_docstring(tree(ROOT / room / "__init__.py"))
-        assert said and len(said.splitlines()) <= 5 and len(tree(ROOT / room / "__init__.py").body) == 1, room
+        said, *rest = ast.get_docstring(tree(ROOT / room / "__init__.py")), *tree(ROOT / room / "__init__.py").body[1:]
+        assert said and len(said.splitlines()) <= 5, room
+        assert room == "common" or list(map(ast.unparse, rest)) == ["import common"] * (room in ROOMS_OF_COMMANDS), room
+
+
+def test_every_command_is_told_of_an_old_python_before_anything_else():
+    """Python runs a room's `__init__.py` before its programs; of the files at the root, grpo, model and rollout are none."""
+    first = {name: ast.unparse(tree(ROOT / f"{name}.py").body[1]) for name in FRONT}
+    assert {name for name, line in first.items() if line == "import common"} == {"data", "evaluate", "minimal", "selfemo"}
+    programs = {path for path in files().values() if "if __name__" in path.read_text(encoding="utf-8")}
+    rooms = {path.relative_to(ROOT).parts[0] for path in programs if path.parent != ROOT}
+    assert rooms - {"tests"} == set(ROOMS_OF_COMMANDS)
+
+
+@pytest.mark.parametrize("version", [(3, 8, 0), (3, 10, 13)])
+def test_an_old_python_is_told_in_one_line(version):
+    """All that is read before the check: the programs themselves, the rooms, and `common`, in the grammar of that Python."""
+    for path in [*(ROOT / f"{name}.py" for name in FRONT), *ROOT.glob("*/__init__.py"), *ROOT.glob("*/__main__.py")]:
+        ast.parse(path.read_text(encoding="utf-8"), feature_version=version[:2])
+    said = f"import sys; sys.version_info = {version}; sys.version = '3.x (old)'; import runpy; "
+    for program in ("run_path('data.py', run_name='__main__')", "run_module('tools.pictures', run_name='__main__')"):
+        done = subprocess.run([sys.executable, "-c", said + "runpy." + program], cwd=ROOT, capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr == f"error: this needs Python 3.11 or newer, and {sys.executable} is 3.x\n"
 
 
 def test_no_file_imports_from_a_higher_layer():
@@ -94,7 +121,7 @@ def test_selfemo_reads_as_the_paper():
         if isinstance(node, ast.Import | ast.ImportFrom):
             module = getattr(node, "module", None) or node.names[0].name
             if module.partition(".")[0] in FRONT | set(ROOMS):
-                names += [alias.name for alias in node.names]
+                names += [alias.name for alias in node.names if alias.name != "common"]  # its check of Python alone
     assert 10 < len(names) <= NAMES_OF_SELFEMO
 
 

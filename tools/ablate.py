@@ -8,7 +8,6 @@ where it was stopped: finished runs stay as they are, broken ones continue from 
 written to DIR/ablate.json, which `tools.report` shows.
 """
 
-import fcntl
 import json
 import signal
 import statistics
@@ -26,7 +25,7 @@ import tyro
 import data
 from analysis.table1 import averaged, markdown
 from common.errors import UserError, command
-from common.files import jsonl, read_json, read_lines, write_atomically
+from common.files import jsonl, lock, read_json, read_lines, write_atomically
 from common.flags import Pairs, pairs
 from common.template import day
 from toy import base
@@ -152,10 +151,7 @@ def start(job: Job) -> subprocess.Popen[bytes]:
     """Start a run. Raises `UserError` if the one before it still runs: its log stays locked as long as it lives."""
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with job.log.open("ab") as log:
-        try:
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"a run still writes to {job.folder}: wait for it, or stop it") from None
+        lock(log, f"a run still writes to {job.folder}: wait for it, or stop it")
         command = [sys.executable, str(SELFEMO), *job.argv]
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import tyro
 
 from common.errors import UserError, command
-from common.files import SUMS, read_json
+from common.files import SUMS, build_records, read_json
 from common.hub import load_tokenizer, quiet_transformers
 from engine.shards import intact, read_part, weights
 from model import Policy
@@ -36,8 +36,9 @@ def checkpoint_of(source: Path) -> tuple[Path, str]:
     if folder is None:
         raise UserError(f"{source} is neither a run with a checkpoint nor a checkpoint")
     state = intact(folder) / "state.json"  # cold_start/ has none
-    settings = read_json(state)["settings"] if state.exists() else read_json(folder.parent / "config.json")
-    return folder, str(settings["model"])
+    file = state if state.exists() else folder.parent / "config.json"
+    (model,) = build_records(file, [read_json(file)], lambda known: str(known.get("settings", known)["model"]))
+    return folder, model
 
 
 def export_checkpoint(source: Path, out: Path) -> str:
@@ -45,10 +46,10 @@ def export_checkpoint(source: Path, out: Path) -> str:
     if out.exists():
         raise UserError(f"{out} exists: give another --out")
     folder, model = checkpoint_of(source)
-    policy = Policy.load(model)
+    tokenizer, policy = load_tokenizer(model), Policy.load(model)
     read_part(folder, "weights", weights(policy))
     out.parent.mkdir(parents=True, exist_ok=True)
-    export(out, policy, load_tokenizer(model))
+    export(out, policy, tokenizer)
     return f"{out}: {folder}, started from {model}"
 
 

@@ -61,7 +61,7 @@ def replay(run: Path, sample_id: str) -> tuple[Record, Record]:
     records = [record for _, record in audit.rollouts(run) if record["iteration"] == 1]
     if sample_id not in (record["sample_id"] for record in records):
         raise UserError(f"{run} holds no answers to {sample_id!r} in iteration 1")
-    policy = Policy.load(cfg.model)
+    tokenizer, policy = load_tokenizer(cfg.model), Policy.load(cfg.model)
     few_threads(policy)
     read_part(run / COLD_START_WEIGHTS, "weights", weights(policy))
     learner, gap = Learner(adamw(policy, cfg.lr), policy.frozen_copy()), 0.0
@@ -79,7 +79,7 @@ def replay(run: Path, sample_id: str) -> tuple[Record, Record]:
         for number, (part, (old_BT, ref_BT)) in enumerate(zip(parts, before, strict=True)):
             if sample_id in (g.sample.id for g in part):
                 record = next(r for r in group_records if r["sample_id"] == sample_id)
-                seen = measured(policy, part, old_BT, ref_BT, cfg, sample_id, load_tokenizer(cfg.model))
+                seen = measured(policy, part, old_BT, ref_BT, cfg, sample_id, tokenizer)
                 return record, {"mini_batch": number, "largest_gap": gap, **seen}
             mini_batch(policy, learner, part, old_BT, ref_BT, cfg)
             learner.apply()

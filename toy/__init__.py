@@ -2,3 +2,5 @@
 
 Stands beside `training`; called by training/launch.py, minimal.py and `python -m toy`.
 """
+
+import common  # noqa: F401  its check of Python comes first

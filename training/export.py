@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from common.files import write_sums
 from engine.processes import rank
+from engine.shards import space_errors
 from model import Group, Policy
 
 
@@ -19,7 +20,8 @@ def export(folder: Path, policy: Policy, tokenizer: PreTrainedTokenizerBase) -> 
         return
     aside = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
-    whole.export(aside, tokenizer)
+    with space_errors(aside):
+        whole.export(aside, tokenizer)
     write_sums(aside)
     V = whole.lm.config.get_text_config().vocab_size
     group = [Group([3 % V, 5 % V, 7 % V], [[11 % V, 13 % V]])]

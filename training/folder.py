@@ -19,7 +19,6 @@ import os
 import re
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.errors import UserError
+from common.errors import UserError, tell
 from common.files import SUMS, Record, hash_of, jsonl, listed, read_json, read_lines, sha256, sync, unlike, write_atomically
 from engine.processes import any_rank, exchange, rank, wait
 from engine.shards import intact, load_moments, moments, read_part, save_parts, weights
@@ -143,7 +142,7 @@ class Run:
                 raise KeyboardInterrupt
             if rank() == 0 and not self.stop_asked:
                 more = "" if launched else "; once more to stop at once"
-                print(f"\nsaving after this step{more}", file=sys.stderr, flush=True)
+                tell(f"\nsaving after this step{more}")
             self.stop_asked = True
 
         before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}

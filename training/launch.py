@@ -11,12 +11,12 @@ import torch
 import transformers
 
 from common.errors import UserError, command, reason
-from common.hub import quiet_transformers
+from common.hub import quiet_transformers, read_config
 from engine.fsdp import compile_blocks, open_policy
 from engine.processes import PeerLost, announce, complain, exchange, processes, rank, relaunch, wait
 from engine.shards import read_part, weights
 from experts.asking import open_experts
-from model import Policy, few_threads
+from model import Policy, check_architecture, few_threads
 from toy import base
 from training.config import MAY_DIFFER, PRESETS, Config, parse
 from training.folder import Run, Stopped, newest_checkpoint, open_run
@@ -87,6 +87,7 @@ def train(cfg: Config, algorithm: Algorithm) -> bool:
     quiet_transformers()
     if cfg.cold_start == "expert" and not (Path(cfg.out) / "cold_start.jsonl").exists():
         open_experts(cfg.expert, cfg.expert_model)  # what is wrong there is said before anything is written
+    check_architecture(read_config(cfg.model), cfg.model, cfg.max_prompt_tokens + cfg.max_new_tokens)
     task = open_task(cfg)
     cfg = task.cfg
     policy = open_policy(cfg.model, activation_checkpointing=cfg.activation_checkpointing)

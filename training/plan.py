@@ -14,16 +14,16 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen3Config
 
 from common.errors import UserError
-from common.hub import check_place, user_errors
+from common.hub import openable, read_config, user_errors
 from engine import fsdp, processes
 from engine.batches import longest_micro_batch, tokens_of
 from engine.cache import bucket, cache_bytes
 from engine.cascade import TORCH, kernels_fit, layout_for
 from engine.processes import device_memory
-from model import ATTENTION, HEAD_BYTES, Group, Policy
+from model import ATTENTION, HEAD_BYTES, Group, Policy, check_architecture
 from rollout import MAX_ROWS, PREFILL_TOKENS
 from training.config import Config
 
@@ -89,9 +89,11 @@ class Plan:
 
 
 def plan(cfg: Config) -> str:
-    """The text that `--plan` prints. Raises `UserError` for a model whose configuration cannot be read."""
+    """The text that `--plan` prints. Raises `UserError` for a model that cannot be opened."""
     place, config = place_of(cfg.plan or ""), config_of(cfg.model)
-    made = estimate(cfg, config, place)
+    check_architecture(config, cfg.model, cfg.max_prompt_tokens + cfg.max_new_tokens)
+    with user_errors(f"cannot open the model {cfg.model}"):
+        made = estimate(cfg, config, place)
     return "\n".join([*table(cfg, made), *advice(cfg, config, made)])
 
 
@@ -112,10 +114,8 @@ def config_of(model: str) -> PretrainedConfig:
     """The configuration of a model, without its weights."""
     if model in SHAPES:
         return Qwen3Config(**SHAPES[model])
-    check_place(model)
-    with user_errors(f"cannot read the configuration of {model}"):
-        config: PretrainedConfig = AutoConfig.from_pretrained(model)
-    return config
+    openable(model)
+    return read_config(model)
 
 
 def sizes_of(config: PretrainedConfig) -> Sizes:

@@ -358,7 +358,10 @@ def _longest(known: Known) -> int | None:
         compare(shrunk(known.config, NEAR))
         return None
     except Exception:  # a table of positions that ends, or frequencies that change with the longest one: right up to there
-        compare(shrunk(known.config, FAR))
+        try:
+            compare(shrunk(known.config, FAR))
+        except IndexError as error:
+            raise Unlike("its table of positions ends before anything can be compared") from error
         return positions(known.config)
 
 

@@ -18,7 +18,8 @@ import pytest
 from common.errors import READER_GONE, UserError, command, reason, tell
 from common.files import lock, write_atomically
 from engine import batches
-from experts import asking, cache
+from experts import asking
+from experts.cache import open_cache
 from tools import ablate
 from training import folder
 
@@ -209,7 +210,7 @@ def test_a_cache_and_a_table_go_on_where_nothing_can_be_locked(place, tmp_path, 
         raise OSError(errno.ENOSYS, "Function not implemented")
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with cache.open_cache(tmp_path / "cache" / "c") as cache:
+    with open_cache(tmp_path / "cache" / "c") as cache:
         cache.add("k", "m", asking.Reply("hi", True, (1, 2)))
     job = ablate.job(ablate.Ablate(tmp_path / "table"), place.argv("")[:-2], ablate.Row("full", "full"), 0)
     monkeypatch.setattr(subprocess, "Popen", lambda *args, **more: "started")
@@ -219,13 +220,13 @@ def test_a_cache_and_a_table_go_on_where_nothing_can_be_locked(place, tmp_path, 
 
 def test_a_cache_in_which_nothing_was_answered_is_not_left(tmp_path):
     """Also for who has just opened what the job before removed: what it wrote there would be gone."""
-    with pytest.raises(ValueError), cache.open_cache(tmp_path / "c"):
+    with pytest.raises(ValueError), open_cache(tmp_path / "c"):
         raise ValueError
     assert not (tmp_path / "c").exists()
-    with cache.open_cache(tmp_path / "c") as cache:
+    with open_cache(tmp_path / "c") as cache:
         (tmp_path / "c").unlink()
         late = os.dup(cache.file.fileno())
-    with cache.open_cache(tmp_path / "c") as cache:
+    with open_cache(tmp_path / "c") as cache:
         cache.add("k", "m", asking.Reply("hi", True, (1, 2)))
     assert (tmp_path / "c").exists() and os.fstat(late).st_nlink == 0
     os.close(late)

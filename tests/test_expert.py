@@ -24,8 +24,9 @@ from common.errors import UserError
 from corpora import loading
 from corpora.dialogue import SPLITS, Dialogue, Turn
 from data import Failure, Responder, Sample
-from experts import __main__, answers, asking, cache, contracts
+from experts import __main__, answers, asking, contracts
 from experts.asking import Reply, Settings, Unanswered
+from experts.cache import open_cache
 from training import coldstart, config
 from training.task import open_task
 
@@ -251,7 +252,7 @@ def test_invalid_json_and_refusals_are_no_answers_and_the_others_go_on():
 
 
 def test_an_answer_of_10_mb_is_too_long_and_little_of_it_is_kept(tmp_path):
-    with serving(lambda body, number: completion("x" * 10_000_000)) as server, cache.open_cache(tmp_path / "c") as cache:
+    with serving(lambda body, number: completion("x" * 10_000_000)) as server, open_cache(tmp_path / "c") as cache:
         (said,) = asking.ask(endpoint(server.url), [CHAT], FAST, cache)
     assert (tmp_path / "c").stat().st_size < 70_000
     assert contracts.parse_personas(said, ["Ann"]).reason == "too_long"
@@ -426,9 +427,9 @@ def test_a_local_expert_that_was_trained_again_is_another_one(place, tmp_path):
 def test_nothing_is_asked_twice_and_equal_prompts_once(tmp_path, capsys):
     with serving(echo) as server:
         priced = replace(endpoint(server.url), price=(2.0, 10.0))
-        with cache.open_cache(tmp_path / "c") as cache:
+        with open_cache(tmp_path / "c") as cache:
             first = asking.ask(priced, [*chats(3), chats(3)[1]], FAST, cache)
-        with cache.open_cache(tmp_path / "c") as cache:
+        with open_cache(tmp_path / "c") as cache:
             again = asking.ask(priced, chats(4), FAST, cache)
     assert [x.text for x in first] == ["Question 0", "Question 1", "Question 2", "Question 1"]
     assert again[:3] == first[:3]
@@ -457,11 +458,11 @@ def test_other_model_prompt_or_settings_are_another_key():
 def test_a_half_written_last_line_is_cut_and_its_prompt_asked_again(tmp_path):
     with serving(echo) as server:
         who = endpoint(server.url)
-        with cache.open_cache(tmp_path / "c") as cache:
+        with open_cache(tmp_path / "c") as cache:
             asking.ask(who, chats(2), FAST, cache)
         whole = (tmp_path / "c").read_bytes()
         (tmp_path / "c").write_bytes(whole[:-9])
-        with cache.open_cache(tmp_path / "c") as cache:
+        with open_cache(tmp_path / "c") as cache:
             assert len(cache.known) == 1
             asking.ask(who, chats(2), FAST, cache)
     assert len(server.seen) == 3
@@ -471,7 +472,7 @@ def test_a_half_written_last_line_is_cut_and_its_prompt_asked_again(tmp_path):
 @pytest.mark.parametrize("broken", ["{", "[]", '{"key": "a"}', '{"key": "a", "text": "", "finished": true, "tokens": [1]}'])
 def test_another_broken_line_is_named(tmp_path, broken):
     (tmp_path / "c").write_text(f"{broken}\n{{}}\n")
-    with pytest.raises(UserError, match="c:1: "), cache.open_cache(tmp_path / "c"):
+    with pytest.raises(UserError, match="c:1: "), open_cache(tmp_path / "c"):
         pass
 
 
@@ -480,16 +481,16 @@ def test_the_cache_keeps_the_response_and_not_what_was_made_of_it(tmp_path, fini
     """What was paid for is read again: with the words, the parts and the thoughts that the server sent."""
     content = [part("thinking", thinking="Hm."), part("text", text="{}")]
     sent = completion(content, finish=finish)
-    with serving(lambda body, number: sent) as server, cache.open_cache(tmp_path / "c") as cache:
+    with serving(lambda body, number: sent) as server, open_cache(tmp_path / "c") as cache:
         (first,) = asking.ask(endpoint(server.url), [CHAT], FAST, cache)
     (row,) = lines(tmp_path / "c")
     assert row["response"]["choices"][0] == {"message": {"role": "assistant", "content": content}, "finish_reason": finish}
-    with cache.open_cache(tmp_path / "c") as cache:
+    with open_cache(tmp_path / "c") as cache:
         assert list(cache.known.values()) == [first] == [Reply("<think>Hm.</think>\n{}", finish != "length", (7, 3))]
 
 
 def test_what_was_broken_off_is_not_in_the_cache(tmp_path):
-    with serving(lambda body, number: completion("{", finish="abort")) as server, cache.open_cache(tmp_path / "c") as cache:
+    with serving(lambda body, number: completion("{", finish="abort")) as server, open_cache(tmp_path / "c") as cache:
         assert isinstance(asking.ask(endpoint(server.url), [CHAT], FAST, cache)[0], Unanswered)
     assert (tmp_path / "c").read_bytes() == b""
 
@@ -503,13 +504,13 @@ def test_of_an_earlier_version_only_whole_answers_are_taken(tmp_path):
         old = [{"key": key, "expert": "m", "text": "old", "finished": whole, "tokens": [7, 3]} for key, whole in ends]
         (tmp_path / "c").write_text("".join(json.dumps(row) + "\n" for row in old))
         for _ in range(2):
-            with cache.open_cache(tmp_path / "c") as cache:
+            with open_cache(tmp_path / "c") as cache:
                 assert [x.text for x in asking.ask(who, chats(2), FAST, cache)] == ["old", "new"]
         assert len(server.seen) == 1
 
 
 def test_a_cache_serves_one_job_at_a_time(tmp_path):
-    with cache.open_cache(tmp_path / "c"), pytest.raises(UserError, match="in use"), cache.open_cache(tmp_path / "c"):
+    with open_cache(tmp_path / "c"), pytest.raises(UserError, match="in use"), open_cache(tmp_path / "c"):
         pass
 
 
@@ -517,7 +518,7 @@ def test_answers_before_the_end_of_a_failed_job_are_kept(tmp_path):
     def answer(body, number):
         return echo(body, number) if number <= 5 else (401, {"error": {"message": "no"}}, {})
 
-    with serving(answer) as server, cache.open_cache(tmp_path / "c") as cache, pytest.raises(UserError):
+    with serving(answer) as server, open_cache(tmp_path / "c") as cache, pytest.raises(UserError):
         asking.ask(endpoint(server.url), chats(20), replace(FAST, concurrency=1), cache)
     assert len((tmp_path / "c").read_bytes().splitlines()) == 5
 
@@ -942,7 +943,7 @@ def test_where_the_template_opens_the_think_block_the_answer_begins_inside(place
 
 def test_several_experts_share_the_samples_by_hash(tmp_path):
     ids = [f"meld/train/{i}/0" for i in range(40)]
-    with serving(lambda body, number: completion(body["model"])) as server, cache.open_cache(tmp_path / "c") as cache:
+    with serving(lambda body, number: completion(body["model"])) as server, open_cache(tmp_path / "c") as cache:
         two = [asking.Endpoint(name, server.url) for name in ("m", "n")]
         endpoint(server.url)
         prompts = {x: lambda control, chat=chat: chat for x, chat in zip(ids, chats(40), strict=True)}

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -37,7 +38,7 @@ from engine.batches import my_micro_batches
 from engine.fsdp import bounds
 from engine.processes import divide
 from model import Group, Policy
-from training import folder
+from training import folder, task
 
 ONE_ITERATION = ("--iterations", 1, "--steps", 2, "--eval_every", 1)
 ROOT = Path(__file__).parent.parent
@@ -439,6 +440,24 @@ def test_memory_of_a_gpu_grows_in_place_unless_somebody_said_otherwise(monkeypat
     assert "PYTORCH_CUDA_ALLOC_CONF" not in os.environ
 
 
+def test_memory_of_a_gpu_in_gb_and_given_back_after_sampling(monkeypatch):
+    """3 GB in use at most and 5 GB reserved on a GPU that is not there; after an answer the cache is emptied, once."""
+    emptied = []
+    for name, value in {"is_available": True, "max_memory_allocated": 3 * 10**9, "max_memory_reserved": 5 * 10**9}.items():
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda value=value: value)
+    monkeypatch.setattr("torch.cuda.empty_cache", lambda: emptied.append("cache"))
+    assert processes.peak_memory() == {"memory/peak_gb": 3.0, "memory/reserved_gb": 5.0}
+    monkeypatch.setattr("training.task.generate", lambda *_, **__: emptied.append("sampled") or [])
+    world = SimpleNamespace(cfg=SimpleNamespace(seed=0, max_new_tokens=1, kv_budget=1, compile=False), eos=frozenset())
+    policy = SimpleNamespace(sampler=lambda: None, device=torch.device("cpu"))
+    assert task.answer(world, policy, [], n=1, temperature=1.0, step=0) == []
+    assert emptied == ["sampled", "cache"]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    processes.give_back_memory()
+    assert emptied == ["sampled", "cache"]
+    assert processes.peak_memory().keys() == {"memory/peak_gb"}
+
+
 # Stopped, killed, failed
 
 
@@ -545,7 +564,8 @@ def test_a_rank_that_fails_takes_the_job_down_with_one_error(place, tmp_path, wh
 
 def watched(out, what):
     """In a worker, with short limits: `what` happens to a rank, and the other one is where no signal handler runs."""
-    quick = functools.partial(peers.Watcher, every=0.2, silent=4.0, grace=0.3)
+    silent = 100.0 if what == "raise" else 4.0  # a rank that fails says so: nobody waits for its silence
+    quick = functools.partial(peers.Watcher, every=0.2, silent=silent, grace=0.3)
     with mock.patch("engine.peers.Watcher", quick), Path(f"{out}.{processes.launched_rank()}").open("w") as file:
         os.dup2(file.fileno(), 2)
         with processes.processes():

@@ -822,6 +822,14 @@ def test_d6_kl_is_0_at_the_first_step_of_every_iteration_only(finished):
     assert [x == 0 for x in kl] == [True, False, False, True, False, False]
 
 
+def test_the_weights_after_the_cold_start_take_no_second_copy_in_main_memory(place, tmp_path, monkeypatch):
+    """The reference is offloaded, once an iteration; the cold weights, in iteration 2 at each evaluation, are not."""
+    asked, inner = [], Policy.frozen_copy
+    monkeypatch.setattr(Policy, "frozen_copy", lambda policy, *, offload=False: asked.append(offload) or inner(policy))
+    assert place.run(tmp_path / "run", "--steps", 1, "--eval_every", 1, "--ref_offload", "true")[0] == 0
+    assert asked == [True, True, False]
+
+
 def test_d6_kl_to_the_cold_start_is_logged_too(finished):
     """Iteration 1: the reference is the cold start. Iteration 2: where dev is scored (t = 4), and then it is not 0."""
     found = [m.get("policy/kl_cold_start") for m in rl_lines(finished)]

@@ -176,6 +176,7 @@ def on_sets(
         mark = "" if temperature == task.cfg.eval_temperatures[0] else f"@{temperature:g}"
         for label, samples in sets.items():
             if samples:
+                run.pause(policy)
                 answers = [g[0] for g in answer(task, policy, samples, n=1, temperature=temperature, step=EVALUATION)]
                 values |= score(samples, [a.parse for a in answers]).metrics(f"{name}/{label}{mark}/")
                 values |= task_entropies(task, policy, samples, answers, f"{name}/{label}{mark}/entropy/")

@@ -269,14 +269,14 @@ def write_down(
         values["policy/kl_cold_start"] = metrics.kl(measured.old_N, measured.ref_N)
     elif t % task.cfg.eval_every == 0:
         values["policy/kl_cold_start"] = metrics.kl(measured.old_N, cold_start_logprobs(run, policy, scored, task.cfg))
-    values["memory/peak_gb"] = processes.peak_memory() / 1e9
+    values |= processes.peak_memory()
     run.append(f"rollouts/iteration-{k}.jsonl", records)
     run.say(metrics.progress_line(t, task.cfg.iterations * task.S, run.log("rl", k, values, t)))
 
 
 def cold_start_logprobs(run: Run, policy: Policy, scored: Sequence[ScoredGroup], cfg: Config) -> Tensor:
     """Log-probs of all answer tokens under the weights that the cold start left (the reference of iteration 1)."""
-    cold = policy.frozen_copy(offload=cfg.ref_offload)
+    cold = policy.frozen_copy()  # where the gradients were: they are twice as large, and gone by now
     shards.read_part(shards.intact(run.out / COLD_START_WEIGHTS), "weights", shards.weights(cold))
     return answer_tokens(logprobs(cold, scored, cfg), scored)
 

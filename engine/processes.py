@@ -13,13 +13,15 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from engine.peers import watched
 
 Value = TypeVar("Value")
 
@@ -65,12 +67,18 @@ def processes() -> Iterator[None]:
         yield
         return
     if torch.cuda.is_available():
+        grow_in_place()
         torch.cuda.set_device(device())
     alone: Any = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # type: ignore[attr-defined]
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(days=1), **alone)  # ranks wait while one asks an expert
+    # Ranks wait a day while one asks an expert: those waits are barriers and exchanges of gloo, as "cpu" stands first among
+    # the backends. `device_id=` would make them NCCL's without a word.
+    dist.init_process_group(backend, timeout=timedelta(days=1), **alone)
+    if torch.cuda.is_available():
+        limit_waits("cuda", NCCL_WAIT)
     try:
-        yield
+        with watched() if size() > 1 else nullcontext():
+            yield
     except RuntimeError as error:  # gloo has no type of its own for it
         if size() > 1 and re.search(LOST, str(error)):
             raise PeerLost("another rank has ended") from error
@@ -78,6 +86,20 @@ def processes() -> Iterator[None]:
     # After an error nobody parts: a rank that waits inside NCCL would keep the others from saying what happened.
     dist.barrier()
     dist.destroy_process_group()
+
+
+NCCL_WAIT = timedelta(minutes=30)  # no rank is ever so far behind another on the GPU
+
+
+def grow_in_place() -> None:
+    """Let freed blocks of a GPU's memory grow, before it is first used: a cache that grows fits into none of them."""
+    if "PYTORCH_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+
+def limit_waits(device_type: str, most: timedelta) -> None:
+    """How long ranks wait for each other at most, in what they do on one type of device; groups made later inherit it."""
+    dist.group.WORLD._get_backend(torch.device(device_type))._set_default_timeout(most)  # type: ignore[union-attr]
 
 
 class PeerLost(Exception):
@@ -198,8 +220,15 @@ def device_memory(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // ranks_here()
 
 
-def peak_memory() -> int:
-    """Bytes of memory at most in use so far: of the GPU, or of this process, interpreter included."""
+def peak_memory() -> dict[str, float]:
+    """GB of memory at most in use so far: of the GPU, and what PyTorch held there; or of this process with its Python."""
     if device().type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        return {"memory/peak_gb": peak / 1e9, "memory/reserved_gb": reserved / 1e9}
+    return {"memory/peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}
+
+
+def give_back_memory() -> None:
+    """Return to the GPU what PyTorch keeps of freed memory: NCCL and the next phase, whose blocks differ, allocate there."""
+    if device().type == "cuda":
+        torch.cuda.empty_cache()

@@ -5,6 +5,9 @@ steps, selection, retraining, evaluations, export. 5 prompts of 3 answers of une
 """
 
 import contextlib
+import ctypes
+import functools
+import inspect
 import json
 import multiprocessing
 import os
@@ -16,6 +19,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -29,12 +33,12 @@ from transformers import AutoConfig
 
 import model
 import selfemo
-from engine import fsdp, processes
+from engine import fsdp, peers, processes
 from engine.batches import my_micro_batches
 from engine.fsdp import bounds
 from engine.processes import divide
 from model import Group, Policy
-from training import folder
+from training import folder, task
 
 ONE_ITERATION = ("--iterations", 1, "--steps", 2, "--eval_every", 1)
 ROOT = Path(__file__).parent.parent
@@ -345,6 +349,115 @@ def test_the_sampler_never_has_stale_weights_and_the_reference_is_a_copy(place, 
     assert trainable == 0
 
 
+def frozen_in_bf16(out):
+    """In a worker of bf16 compute: the reference's log-probs against the policy's own, its type and its bytes."""
+    with processes.processes():
+        torch.manual_seed(0)
+        policy = in_bf16(out)
+        for p in policy.parameters():  # numbers that bf16 has to round
+            fsdp.local(p.data).add_(torch.rand_like(fsdp.local(p.data)) * 1e-2)
+        groups = [Group([1, 2, 3], [[4, 5], [6]]), Group([7, 8], [[9, 10, 11]])]
+        with torch.no_grad():
+            own = policy(groups)[0]
+            copies = [policy.frozen_copy(offload=offload) for offload in (False, True)]
+            same = [torch.equal(own, copy(groups)[0]) for copy in copies]
+        bytes_of = [sum(fsdp.local(p).nbytes for p in one.parameters()) for one in (policy, *copies)]
+        own_types = {str(p.dtype) for copy in copies for p in copy.parameters()}
+        if processes.rank() == 0:
+            (Path(out) / "seen.json").write_text(json.dumps([same, sorted(own_types), bytes_of]))
+    return 0
+
+
+def test_a_reference_is_stored_as_it_is_computed_and_its_log_probs_are_the_same_bits(place, tmp_path):
+    shutil.copytree(place.root / "base", tmp_path / "base")
+    assert finish(start(2, frozen_in_bf16, str(tmp_path / "base"))) == [0, 0]
+    same, types, (policy, one, two) = json.loads((tmp_path / "base/seen.json").read_text())
+    assert same == [True, True]
+    assert types == ["torch.bfloat16"]
+    assert policy == 2 * one == 2 * two
+
+
+def communicators(out):
+    """In a worker: the collectives that the first call of `mesh` makes, as (name, ranks of the group)."""
+    seen = []
+
+    def spy(name):
+        inner = getattr(torch.distributed, name)
+
+        def call(whole, part, *args, **named):
+            inner(whole, part, *args, **named)
+            seen.append([name, max(len(whole), len(part))])
+
+        return mock.patch(f"torch.distributed.{name}", call)
+
+    with processes.processes(), spy("all_gather_into_tensor"), spy("reduce_scatter_tensor"):
+        fsdp.mesh("cpu")
+        fsdp.mesh("cpu")
+        if processes.rank() == 0:
+            Path(out).write_text(json.dumps(seen))
+    return 0
+
+
+@pytest.mark.parametrize(("size", "nodes", "groups"), [(2, 1, [2]), (4, 2, [2, 2])])
+def test_communicators_are_open_before_the_first_rollout(tmp_path, size, nodes, groups):
+    """One node of two: one group. Two nodes of two: shards of 2 in a node, copies of 2 over the nodes."""
+    assert finish(start(size, communicators, str(tmp_path / "seen.json"), nodes=nodes)) == [0] * size
+    both = ("all_gather_into_tensor", "reduce_scatter_tensor")
+    assert json.loads((tmp_path / "seen.json").read_text()) == [[name, ranks] for ranks in groups for name in both]
+
+
+def limits(out):
+    """In a worker: how long gloo waits for a peer, before and after a limit, and in a group made later."""
+    with processes.processes():
+        found = []
+        for most in (None, processes.NCCL_WAIT):
+            if most:
+                processes.limit_waits("cpu", most)
+            found.append(torch.distributed.group.WORLD._get_backend(torch.device("cpu")).options._timeout.total_seconds())
+        if processes.rank() == 0:
+            Path(out).write_text(json.dumps(found))
+    return 0
+
+
+def test_a_limit_of_one_backend(tmp_path):
+    """Gloo stands for NCCL here: a day, then half an hour."""
+    assert finish(start(2, limits, str(tmp_path / "seen.json"))) == [0, 0]
+    assert json.loads((tmp_path / "seen.json").read_text()) == [86_400, 1_800]
+
+
+def test_memory_of_a_gpu_grows_in_place_unless_somebody_said_otherwise(monkeypatch):
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    processes.grow_in_place()
+    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "backend:native")
+    processes.grow_in_place()
+    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "backend:native"
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "backend:native")
+    processes.grow_in_place()
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in os.environ
+
+
+def test_memory_of_a_gpu_in_gb_and_given_back_after_sampling(monkeypatch):
+    """3 GB in use at most and 5 GB reserved on a GPU that is not there; after an answer the cache is emptied, once."""
+    emptied = []
+    for name, value in {"is_available": True, "max_memory_allocated": 3 * 10**9, "max_memory_reserved": 5 * 10**9}.items():
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda value=value: value)
+    monkeypatch.setattr("torch.cuda.empty_cache", lambda: emptied.append("cache"))
+    assert processes.peak_memory() == {"memory/peak_gb": 3.0, "memory/reserved_gb": 5.0}
+    monkeypatch.setattr("training.task.generate", lambda *_, **__: emptied.append("sampled") or [])
+    world = SimpleNamespace(cfg=SimpleNamespace(seed=0, max_new_tokens=1, kv_budget=1, compile=False), eos=frozenset())
+    policy = SimpleNamespace(sampler=lambda: None, device=torch.device("cpu"))
+    assert task.answer(world, policy, [], n=1, temperature=1.0, step=0) == []
+    assert emptied == ["sampled", "cache"]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    processes.give_back_memory()
+    assert emptied == ["sampled", "cache"]
+    assert processes.peak_memory().keys() == {"memory/peak_gb"}
+
+
 # Stopped, killed, failed
 
 
@@ -447,3 +560,70 @@ def test_a_rank_that_fails_takes_the_job_down_with_one_error(place, tmp_path, wh
     spoken = [line for line in ended.stderr.splitlines() if re.match(r"rank \d: error: ", line)]
     assert len(spoken) == ("error" in heard)  # a rank that is killed says nothing; torchrun says SIGKILL
     assert time.monotonic() - begun < 60
+
+
+def watched(out, what):
+    """In a worker, with short limits: `what` happens to a rank, and the other one is where no signal handler runs."""
+    silent = 100.0 if what == "raise" else 4.0  # a rank that fails says so: nobody waits for its silence
+    quick = functools.partial(peers.Watcher, every=0.2, silent=silent, grace=0.3)
+    with mock.patch("engine.peers.Watcher", quick), Path(f"{out}.{processes.launched_rank()}").open("w") as file:
+        os.dup2(file.fileno(), 2)
+        with processes.processes():
+            WATCHED[what](processes.rank())
+    return 0
+
+
+def killed(victim):
+    """One rank is killed; the other is in C for a minute, as in NCCL."""
+
+    def happens(rank):
+        if rank == victim:
+            os.kill(os.getpid(), signal.SIGKILL)
+        ctypes.CDLL(None).sleep(60)
+
+    return happens
+
+
+def raised(rank):
+    """Rank 1 fails while rank 0 is in C."""
+    if rank == 1:
+        raise OSError(28, "No space left on device")
+    ctypes.CDLL(None).sleep(60)
+
+
+def slow(rank):
+    """Rank 1 works longer than a silent rank may live while rank 0 waits, and again when rank 0 has parted."""
+    if rank == 1:
+        ctypes.CDLL(None).sleep(6)
+    assert processes.exchange(rank) == [0, 1]
+    if rank == 1:
+        ctypes.CDLL(None).sleep(6)
+
+
+WATCHED = {"kill 1": killed(1), "kill 0": killed(0), "raise": raised, "slow": slow}
+
+
+@pytest.mark.parametrize("what", ["kill 1", "kill 0", "raise"])
+def test_a_rank_inside_of_a_native_call_ends_when_the_other_is_gone(tmp_path, what):
+    """Rank 1 is killed, or rank 0 with the store that it holds, or rank 1 fails: the other sleeps a minute in C and is ended
+    within seconds (limits .2 + 4 + .3 s), with one line."""
+    begun = time.monotonic()
+    ends = finish(start(2, watched, str(tmp_path / "log"), what))
+    gone = 0 if what == "kill 0" else 1
+    assert time.monotonic() - begun < 30
+    assert ends[1 - gone] == 1
+    assert ends[gone] == (1 if what == "raise" else -signal.SIGKILL)
+    assert f"rank {1 - gone}: error: another rank has ended\n" in (tmp_path / f"log.{1 - gone}").read_text()
+
+
+def test_a_rank_that_works_long_is_not_taken_for_dead(tmp_path):
+    assert finish(start(2, watched, str(tmp_path / "log"), "slow")) == [0, 0]
+    assert [(tmp_path / f"log.{rank}").read_text() for rank in (0, 1)] == ["", ""]
+
+
+def test_the_limits_leave_a_minute():
+    """30 s of silence, seen 5 s later at most, and 15 s to end by itself: 50 s. Its own last word comes after 10."""
+    defaults = inspect.signature(peers.Watcher).parameters
+    every, silent, grace = (defaults[name].default for name in ("every", "silent", "grace"))
+    assert every + silent + grace == 50
+    assert grace > 10

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from tiny import tiny
 from torch import nn
 
+import evaluate
 import grpo
 import selfemo
 from common.errors import UserError
@@ -468,6 +469,54 @@ def test_a_stopped_run_from_base_goes_on_bit_by_bit(place, tmp_path, monkeypatch
     assert (state["stage"], state["step"]) == (2, 2)
     assert place.run(tmp_path / "run", *more, resume=True)[0] == 0
     assert results(tmp_path / "run") == results(tmp_path / "whole")
+
+
+def stop_in(monkeypatch, module, step, nth):
+    """SIGTERM in the nth call (from 0) of `answer` that a module makes at this step; the list of prompts per call."""
+    inner, asked = task.answer, []
+
+    def answer(world, policy, samples, **settings):
+        if settings["step"] == step:
+            if len(asked) == nth:
+                os.kill(os.getpid(), signal.SIGTERM)
+            asked.append(len(samples))
+        return inner(world, policy, samples, **settings)
+
+    monkeypatch.setattr(module, "answer", answer)
+    return asked
+
+
+def test_a_stopped_cold_start_keeps_the_parts_it_has_answered(place, finished, tmp_path, monkeypatch):
+    """24 prompts in parts of 10: stopped in the second, 20 are kept, and the resumed run answers 4. All bit for bit."""
+    out = tmp_path / "run"
+    monkeypatch.setattr(coldstart, "PART", 10)
+    with monkeypatch.context() as patch:
+        asked = stop_in(patch, coldstart, task.COLD_START, 1)
+        status, said, _ = place.run(out)
+    assert (status, asked) == (0, [10, 10])
+    assert "saved; go on with: python selfemo.py" in said
+    assert [len(lines(path)) for path in sorted((out / "cold_start.parts").iterdir())] == [10, 10]
+    with monkeypatch.context() as patch:
+        asked = stop_in(patch, coldstart, task.COLD_START, None)
+        assert place.run(out, resume=True)[0] == 0
+    assert asked == [4]
+    assert not (out / "cold_start.parts").exists()
+    assert results(out) == results(finished)
+
+
+@pytest.mark.parametrize(("nth", "saved"), [(3, (1, 2)), (5, (2, 0))])
+def test_a_stop_is_looked_at_between_the_sets_of_an_evaluation(place, finished, tmp_path, monkeypatch, nth, saved):
+    """One set at the start, then two each time: after the cold start (1, 2), at RL step 2 (3, 4), after RL (5, 6). Stopped
+    in the first of two, the second is not answered; without a checkpoint every few steps nothing of a step is lost."""
+    out, more = tmp_path / "run", ("--save_every", 100)
+    with monkeypatch.context() as patch:
+        asked = stop_in(patch, evaluate, task.EVALUATION, nth)
+        assert place.run(out, *more)[0] == 0
+    assert len(asked) == nth + 1
+    state = read_json(newest_checkpoint(out) / "state.json")["position"]
+    assert (state["stage"], state["step"]) == saved
+    assert place.run(out, *more, resume=True)[0] == 0
+    assert results(out) == results(finished)
 
 
 def test_a_second_signal_stops_at_once_and_the_run_can_go_on(place, tmp_path, monkeypatch):

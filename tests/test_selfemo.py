@@ -34,7 +34,7 @@ from engine import batches
 from engine.shards import weights
 from model import Group, Policy
 from selfemo import mini_batch
-from training import coldstart, config
+from training import coldstart, config, folder
 from training.config import Config
 from training.folder import Learner, Position
 from training.records import ScoredGroup, sample_from_record
@@ -716,22 +716,22 @@ def text_of(w, example):
     return data.answer_text(w.tokenizer, example.ids, w.eos, "")
 
 
-def test_d17_self_takes_the_start_models_own_valid_answers_and_looks_at_no_gold(opened_place):
+def test_d17_self_takes_the_start_models_own_valid_answers_and_looks_at_no_gold(opened_place, tmp_path):
     w, policy = opened_place
-    examples = coldstart.own_answers(w, policy)
+    examples = coldstart.own_answers(folder.Run(tmp_path / "one", {}), w, policy)
     assert 10 < len(examples) < len(w.originals) == 24
     for x in examples:
         assert isinstance(data.parse_output(text_of(w, x), EMOTIONS), Output)
         assert x.ids[-1] in w.eos
     assert len({x.sample_id for x in examples}) == len(examples)
     other = replace(w, originals=tuple(replace(s, gold={"anger": 1.0}) for s in w.originals))
-    assert coldstart.own_answers(other, policy) == examples
+    assert coldstart.own_answers(folder.Run(tmp_path / "two", {}), other, policy) == examples
 
 
-def test_d17_self_without_one_valid_answer_is_a_users_mistake(opened_place):
+def test_d17_self_without_one_valid_answer_is_a_users_mistake(opened_place, tmp_path):
     w, policy = opened_place
     with pytest.raises(UserError, match="dataset"):
-        coldstart.own_answers(replace(w, cfg=replace(w.cfg, max_new_tokens=3)), policy)
+        coldstart.own_answers(folder.Run(tmp_path, {}), replace(w, cfg=replace(w.cfg, max_new_tokens=3)), policy)
 
 
 def test_d17_dataset_teaches_gold_and_the_real_next_turn(opened_place):
@@ -820,6 +820,14 @@ def test_a_run_is_scored_on_dev_and_its_end_once_on_test(monkeypatch, tmp_path):
 def test_d6_kl_is_0_at_the_first_step_of_every_iteration_only(finished):
     kl = [m["policy/kl"] for m in rl_lines(finished)]
     assert [x == 0 for x in kl] == [True, False, False, True, False, False]
+
+
+def test_the_weights_after_the_cold_start_take_no_second_copy_in_main_memory(place, tmp_path, monkeypatch):
+    """The reference is offloaded, once an iteration; the cold weights, in iteration 2 at each evaluation, are not."""
+    asked, inner = [], Policy.frozen_copy
+    monkeypatch.setattr(Policy, "frozen_copy", lambda policy, *, offload=False: asked.append(offload) or inner(policy))
+    assert place.run(tmp_path / "run", "--steps", 1, "--eval_every", 1, "--ref_offload", "true")[0] == 0
+    assert asked == [True, True, False]
 
 
 def test_d6_kl_to_the_cold_start_is_logged_too(finished):

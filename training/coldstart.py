@@ -1,7 +1,9 @@
 """Supervised fine-tuning: the cold start (line 3, D17) and the retraining of lines 17-18 (D12, D13, D26)."""
 
 import math
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from corpora.dialogue import Weights
 from data import Output, Sample, format_output
 from engine.batches import my_micro_batches, on_host
 from engine.fsdp import clip_gradients, reopen
-from engine.processes import rank
+from engine.processes import rank, size
 from experts import answers
 from grpo import token_weights
 from model import Group, Policy
@@ -34,26 +36,43 @@ def examples(run: Run, task: Task, policy: Policy) -> list[Example]:
     path = run.out / "cold_start.jsonl"
 
     def make() -> str:
-        makers = {"self": own_answers, "dataset": templates, "expert": expert_answers}
+        makers: Mapping[str, Callable[[Task, Policy], list[Example]]]
+        makers = {"self": partial(own_answers, run), "dataset": templates, "expert": expert_answers}
         found = makers[task.cfg.cold_start](task, policy) if task.cfg.cold_start in makers else []
         run.say(f"cold start ({task.cfg.cold_start}): {len(found)} answers to {len(task.originals)} prompts")
         return jsonl([{"sample_id": x.sample_id, "prompt_ids": x.prompt_ids, "ids": x.ids} for x in found])
 
     read = lambda x: Example(x["sample_id"], tuple(x["prompt_ids"]), tuple(x["ids"]))  # noqa: E731
-    return build_records(path, made_once(path, make), read)
+    found = build_records(path, made_once(path, make), read)
+    if rank() == 0:
+        shutil.rmtree(run.out / PARTS, ignore_errors=True)
+    return found
 
 
-def own_answers(task: Task, policy: Policy) -> list[Example]:
-    """The start model's own answers that keep the rule; gold is not looked at."""
-    groups = answer(task, policy, task.originals, n=1, temperature=task.cfg.temperature, step=COLD_START)
-    found = [
-        Example(sample.id, tuple(task.encode(sample)[0]), group[0].ids)
-        for sample, group in zip(task.originals, groups, strict=True)
-        if isinstance(group[0].parse, Output)
-    ]
+PARTS, PART = "cold_start.parts", 512  # folder of the run; prompts of a part per rank, all that a stop can lose
+
+
+def own_answers(run: Run, task: Task, policy: Policy) -> list[Example]:
+    """The start model's own answers that keep the rule; gold is not looked at. Parts are kept, and not answered again."""
+    answered: list[tuple[int, ...]] = []  # by prompt; () where the answer breaks the rule
+    while left := task.originals[len(answered) :]:
+        run.pause(policy)
+        path = run.out / PARTS / f"{len(answered):06d}.jsonl"
+        records = made_once(path, partial(own_part, task, policy, left[: PART * size()]))
+        if not records:
+            raise UserError(f"{path} is empty: delete it")
+        answered += build_records(path, records, lambda x: tuple(x["ids"]))
+    pairs = zip(task.originals, answered, strict=True)
+    found = [Example(sample.id, tuple(task.encode(sample)[0]), ids) for sample, ids in pairs if ids]
     if not found:
         raise UserError("the start model keeps the rule in none of its answers: take --cold_start dataset")
     return found
+
+
+def own_part(task: Task, policy: Policy, samples: Sequence[Sample]) -> str:
+    """Own answers to some prompts as JSON lines, one per prompt."""
+    groups = answer(task, policy, samples, n=1, temperature=task.cfg.temperature, step=COLD_START)
+    return jsonl([{"ids": a.ids if isinstance(a.parse, Output) else ()} for (a,) in groups])
 
 
 def templates(task: Task, policy: Policy) -> list[Example]:

@@ -4,7 +4,7 @@
     metrics.jsonl        a line a step, a stage's end, an evaluation
     rollouts/            iteration-K.jsonl, a line a group: all that an audit needs
     buffer.jsonl         a line a kept answer and the new sample made of it, in the order of the steps
-    cold_start.jsonl     the answers of the cold start; cold_start/, the weights after it
+    cold_start.jsonl     the answers of the cold start; cold_start/, the weights after it; cold_start.parts/ until then
     selfemo_test.jsonl   the frozen SELF-EMO test split (D23)
     checkpoints/         the newest complete one; model/, the result as an ordinary Hugging Face folder
 
@@ -121,12 +121,18 @@ class Run:
             print(f"[{time.monotonic() - self.started:6.1f} s] {line}", flush=True)
 
     def rescue(self, policy: Policy) -> None:
-        """Save where the run stands in the middle of a step, after a NaN: the step is done again on resume.
+        """Save where the run stands in the middle of a step, after a NaN or a signal: the step is done again on resume.
 
         Not in the first step of a stage: it begins again from the checkpoint that the stage before it left.
         """
         if self.learner is not None and self.position.step > 0:
             save_checkpoint(self, saved_tensors(policy, self.learner))
+
+    def pause(self, policy: Policy) -> None:
+        """A place inside a long step where a signal is looked at. Every rank must call this. Raises `Stopped`."""
+        if any_rank(self.stop_asked):
+            self.rescue(policy)
+            raise Stopped
 
     def count_update(self) -> None:
         """An optimizer step was made."""
@@ -134,7 +140,7 @@ class Run:
 
     @contextmanager
     def signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT ask the run to save and stop after this step; a second one stops it at once."""
+        """SIGTERM and SIGINT ask the run to save and stop after this step or at a `pause`; a second one stops it at once."""
 
         def ask(number: int, frame: object) -> None:
             launched = "RANK" in os.environ  # torchrun passes on what the scheduler sends to all: twice is not a person

@@ -133,7 +133,7 @@ def estimate(cfg: Config, config: PretrainedConfig, place: Place) -> Plan:
     offloaded = place.gpu and cfg.ref_offload
     held = {"weights (float32)": 4 * n.all // R, "AdamW's moments": 8 * n.all // R}
     if not offloaded:
-        held["reference"] = 4 * n.all // R
+        held["reference"] = c * n.all // R
     if place.sharded:
         held["rollout copy"] = c * n.all
     sampling = {"keys and values": kv_bytes(cfg, config, place), "logits and prefill": sampling_bytes(config, c)}
@@ -142,7 +142,7 @@ def estimate(cfg: Config, config: PretrainedConfig, place: Place) -> Plan:
     if place.sharded:
         # Gathered: the rest (embeddings, head) and two blocks; the largest of them also as a gradient and its float32 sum.
         learning["gathered weights"] = c * (n.rest + 2 * n.block) + (c + 4) * max(n.rest, n.block)
-    host = {"reference (offloaded)": 4 * n.all} if offloaded else {}
+    host = {"reference (offloaded)": c * n.all} if offloaded else {}
     return Plan(held, sampling, learning, host, place)
 
 

@@ -22,7 +22,7 @@ from corpora.loading import label_set, load, read_gold, read_personas, with_vote
 from corpora.sharing import overlap
 from data import Completion, Sample
 from engine.fast import cuda_graph
-from engine.processes import announce, device_memory, exchange, gathered, rank, share
+from engine.processes import announce, device_memory, exchange, gathered, give_back_memory, rank, share
 from grpo import lam
 from model import Policy
 from rollout import generate
@@ -136,6 +136,7 @@ def answer(
         trouble = ""
     except FloatingPointError as error:
         found, trouble = [], str(error)
+    give_back_memory()
     if trouble := next(filter(None, exchange(trouble)), ""):
         ids, when = [s.id for s in samples], f"RL step {step}" if step >= 0 else "an evaluation"
         shown = ", ".join(ids[:64]) + f" and {len(ids) - 64} more" * (len(ids) > 64)

@@ -1,0 +1,76 @@
+"""A rank that is gone takes the others down within a minute, also where they wait inside NCCL, which does not notice.
+
+Off the reading path. Every rank has a thread that counts up a number of its own in the launcher's store and reads those of
+the others: one that stands still for half a minute is a process that was killed, or a machine that is gone. A rank that
+works, however long, counts on: torch and NCCL let other threads run while they compute or wait.
+"""
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+
+
+class Watcher(threading.Thread):
+    """Says every few seconds that this rank lives, and ends its process when another one failed or fell silent.
+
+    Before it does, the process has `grace` seconds to end by itself and say more than a thread can. All times in seconds;
+    `silent + every + grace` is below a minute. Nobody else uses the store, so that no wait in it can block this thread.
+    """
+
+    def __init__(self, every: float = 5, silent: float = 30, grace: float = 15) -> None:
+        """The watcher of this process; the ranks have met. `start` begins."""
+        super().__init__(daemon=True)
+        self.every, self.silent, self.grace = every, silent, grace
+        self.rank, self.parting, self.last_word = dist.get_rank(), threading.Event(), ""
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = TCPStore(*address, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=silent))
+        self.store = PrefixStore("peers", store)
+
+    def run(self) -> None:
+        """Until this rank parts, or another one is lost."""
+        try:
+            lost = self.loses_one()
+        except RuntimeError:  # the store is gone, and so is the launcher or rank 0, which held it
+            lost = True
+        if lost and not self.parting.wait(self.grace):
+            print(f"rank {self.rank}: error: another rank has ended", file=sys.stderr, flush=True)
+            os._exit(1)
+
+    def loses_one(self) -> bool:
+        """Whether another rank was lost before this one parted."""
+        heard = {peer: (0, time.monotonic()) for peer in range(dist.get_world_size()) if peer != self.rank}
+        while not self.parting.wait(self.every):
+            self.store.add(f"beats/{self.rank}", 1)
+            beats, now = {peer: self.store.add(f"beats/{peer}", 0) for peer in heard}, time.monotonic()
+            heard = {peer: was if was[0] == beats[peer] else (beats[peer], now) for peer, was in heard.items()}
+            still = [peer for peer, (_, since) in heard.items() if now - since > self.silent]
+            if self.store.check(["failed"]) or not all(self.store.check([f"parted/{peer}"]) for peer in still):
+                return True
+        self.store.set(self.last_word, "")
+        return False
+
+    def part(self, last_word: str) -> None:
+        """Stop watching and leave a last word for the others."""
+        self.last_word = last_word
+        self.parting.set()
+        self.join(self.every)
+
+
+@contextmanager
+def watched() -> Iterator[None]:
+    """The ranks watch each other while the work lasts; one whose work fails tells the others."""
+    watcher = Watcher()
+    watcher.start()
+    try:
+        yield
+    except BaseException:
+        watcher.part("failed")
+        raise
+    watcher.part(f"parted/{watcher.rank}")

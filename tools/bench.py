@@ -2,10 +2,12 @@
 
     python -m tools.bench --quick
     python -m tools.bench rollout-a --model DIR --data meld=data/meld --peer vllm=/venvs/vllm/bin/python --peer transformers
-    python -m tools.bench step --dtype float32 --model DIR --peer trl=/venvs/trl/bin/python
+    python -m tools.bench step step-long --dtype float32 --model DIR --peer trl=/venvs/trl/bin/python
+    python -m tools.bench limits --dtype float32 --model DIR
 
 A peer is NAME=PYTHON, the interpreter that has it; without =PYTHON it runs in ours. Answers always have their full length.
-Seconds are wall time; CPU seconds stand beside them, because wall time on a busy machine says little.
+Seconds are wall time; CPU seconds stand beside them, because wall time on a busy machine says little. Beside the sides,
+tools.limits measures in every turn what the machine can do; the columns in % say how much of that a side reaches.
 """
 
 import json
@@ -31,6 +33,7 @@ from common.files import jsonl
 from common.flags import Pairs, pairs
 from common.hub import load_tokenizer
 from tools.ablate import last_line, text
+from tools.limits import tokens_bound
 from toy import base
 
 ROOT = Path(__file__).parent.parent
@@ -41,19 +44,23 @@ class Workload:
     """What every side does, and how long its prompts are."""
 
     name: str
-    task: Literal["rollout", "step"]
+    task: Literal["rollout", "step", "limits"]
     prompts: int
     prompt_tokens: int
     n: int
     max_new_tokens: int
     micro_batch: int = 16
     kv_mib: int = 0  # most memory for keys and values, ours alone; 0 = no limit
+    trl_micro_batch: int = 0  # TRL's own, where ours would take it all memory; 0 = the same
 
 
 A = Workload("rollout-a", "rollout", 8, 180, 8, 128)
 B = Workload("rollout-b", "rollout", 8, 1070, 8, 128)
 STEP = Workload("step", "step", 4, 180, 8, 128)  # the policy update is a part of it, and has its own columns
 ONE = replace(STEP, name="step-1", prompts=1, micro_batch=8)  # a quarter of it, for a busy machine
+LONG = replace(STEP, name="step-long", prompt_tokens=1000, micro_batch=8, trl_micro_batch=2)
+LONG_ONE = replace(LONG, name="step-long-1", prompts=1)
+LIMITS = replace(STEP, name="limits", task="limits")  # what the machine can do with products as large as the step's
 SHORT = replace(A, max_new_tokens=64)
 GROWTH = (
     *(replace(SHORT, name=f"prompts-{x}", prompts=x) for x in (8, 32, 128)),
@@ -63,7 +70,7 @@ GROWTH = (
     *(replace(SHORT, name=f"kv_mib-{x}", prompts=32, kv_mib=x) for x in (64, 128, 256, 512)),
 )
 QUICK = (Workload("quick-rollout", "rollout", 8, 100, 8, 32), Workload("quick-step", "step", 4, 100, 8, 32))
-WORKLOADS = {w.name: w for w in (A, B, STEP, ONE, *GROWTH)}
+WORKLOADS = {w.name: w for w in (A, B, STEP, ONE, LONG, LONG_ONE, LIMITS, *GROWTH)}
 
 
 @dataclass(frozen=True)
@@ -71,12 +78,13 @@ class Settings:
     """Time ours against peers. Prints a table and writes one JSON line a row."""
 
     workloads: tyro.conf.Positional[tuple[str, ...]] = ("rollout-a",)
-    """rollout-a, rollout-b, step, step-1, growth, or the name of one point of growth (n-32, prompts-128, ...)."""
+    """rollout-a, rollout-b, step, step-long (prompts of 1,000 tokens), step-1 and step-long-1 (one prompt), limits (what the
+    machine can do), growth, or the name of one point of growth (n-32, prompts-128, ...)."""
     model: str = ""  # Hugging Face folder; without it an untaught model of the toy world's size.
     data: Pairs = ()  # NAME=DIR: where prompts come from; without it they are random tokens of the same lengths.
     peer: Pairs = ()  # NAME=PYTHON or NAME, repeatable: vllm, trl, transformers.
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of the weights; for trl bfloat16 is autocast over float32 weights, as its users run it."""
+    """Of the weights; for trl bfloat16 is autocast over float32 weights, as its users run it. Rows say what a side does."""
     repeats: int = 3  # Turns of every side, after a short one that is not counted.
     threads: int = os.cpu_count() or 1  # OMP threads of every side.
     out: str = ""  # Also append the JSON lines to this file.
@@ -131,19 +139,39 @@ def prompts(work: Workload, cfg: Settings) -> list[list[int]]:
     return [stream[start : start + work.prompt_tokens] for start in starts]
 
 
-def measure(work: Workload, cfg: Settings, opened: Sequence[Side]) -> list[dict[str, Any]]:
+def measure(work: Workload, cfg: Settings, opened: Sequence[Side], limits: Side) -> list[dict[str, Any]]:
     """One row a side. The sides take turns, so that a slow minute of the machine falls on all of them."""
     job = {**asdict(work), "prompts": prompts(work, cfg)}
-    able = [side for side in opened if side.name == "selfemo" or can(side.name, work)]
+    able = [side for side in opened if can(side.name, work)]
     for side in able:
         side.run({**job, "max_new_tokens": min(8, work.max_new_tokens)})
-    turns = [[side.run(job) for side in able] for _ in range(cfg.repeats)]
-    rows = [row(side, work, cfg, [turn[i] for turn in turns]) for i, side in enumerate(able)]
-    return [{**r, **ratios(rows[0], r)} for r in rows]
+    turns = [[side.run(job) for side in (limits, *able)] for _ in range(cfg.repeats)]
+    possible, *found = zip(*turns, strict=True)
+    best = fastest(possible)
+    if not able:
+        return [{**about(limits, work, cfg), "limits": best}]
+    rows = [row(side, work, cfg, times) for side, times in zip(able, found, strict=True)]
+    bound = {"tokens_bound": round(tokens_bound([*map(len, job["prompts"])], work.n, work.max_new_tokens), 2)}
+    more = bound if work.task == "step" else {}
+    return [{**r, **ratios(rows[0], r), **shares(best, r), **more, "limits": best} for r in rows]
+
+
+def fastest(turns: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The limits over all turns: least seconds, most operations and bytes a second of each kind."""
+    least: dict[str, Any] = {name: min(t[name] for t in turns) for name in TIMES if name in turns[0]}
+    return {**least, **{kind: {k: max(t[kind][k] for t in turns) for k in turns[0][kind]} for kind in ("flops", "bytes")}}
+
+
+def shares(possible: dict[str, Any], found: dict[str, Any]) -> dict[str, float]:
+    """Per cent of what is possible that a side reaches: the least seconds to its median ones."""
+    both = [name for name in TIMES if name in possible and name in found]
+    return {f"{name}_share": round(100 * possible[name] / statistics.median(found[name]), 1) for name in both}
 
 
 def can(peer: str, work: Workload) -> bool:
-    """Whether a peer does such work: steps are TRL's, rollouts are the others', a budget in bytes is nobody's."""
+    """Whether a side does such work: ours all but limits; steps are TRL's, rollouts the others', bytes have no other."""
+    if peer == "selfemo" or work.task == "limits":
+        return work.task != "limits"
     return (peer == "trl") == (work.task == "step") and not work.kv_mib
 
 
@@ -152,19 +180,26 @@ def row(side: Side, work: Workload, cfg: Settings, found: Sequence[dict[str, Any
     listed = {name: [round(f[name], 3) for f in found] for name in TIMES if name in found[0]}
     tokens, median = found[0]["tokens"], statistics.median(listed["seconds"])
     return {
-        "workload": asdict(work), "side": side.name, "dtype": cfg.dtype, "threads": cfg.threads, "tokens": tokens, **listed,
+        **about(side, work, cfg), "computes": found[0]["computes"], "tokens": tokens, **listed,
         "tokens_per_s": round(tokens / median, 1), "tokens_per_s_best": round(tokens / min(listed["seconds"]), 1),
         "sequences_per_s": round(work.prompts * work.n / median, 3), "peak_mib": round(max(f["peak_mib"] for f in found)),
-        "versions": side.versions, "hardware": hardware(), "commit": commit(), "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
 
 
-TIMES = ("seconds", "cpu_s", "generate_s", "score_s", "update_s")
+def about(side: Side, work: Workload, cfg: Settings) -> dict[str, Any]:
+    """Who measured what, where and when. Load: jobs that wanted a core during the last minute, this one's too."""
+    return {
+        "workload": asdict(work), "side": side.name, "dtype": cfg.dtype, "threads": cfg.threads, "versions": side.versions,
+        "hardware": hardware(), "load": round(os.getloadavg()[0], 1), "commit": commit(), "date": time.strftime("%Y-%m-%d"),
+    }  # fmt: skip
+
+
+TIMES = ("seconds", "cpu_s", "generate_s", "score_s", "update_s", "update_cpu_s")
 
 
 def ratios(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
     """How many times longer a side takes than ours: medians, bests, CPU time, the update; and its memory to ours."""
-    both = [name for name in TIMES if name in ours]
+    both = [name for name in TIMES if name in ours and name in theirs]
     found = {f"{name}_ratio": statistics.median(theirs[name]) / statistics.median(ours[name]) for name in both}
     found["best_ratio"] = min(theirs["seconds"]) / min(ours["seconds"])
     found["peak_ratio"] = theirs["peak_mib"] / ours["peak_mib"]
@@ -172,14 +207,34 @@ def ratios(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """For people. Ratios: the side's time (memory) over ours, so above 1 we are faster (smaller)."""
+    """For people. Ratios: the side's time (memory) over ours, so above 1 we are faster (smaller). % of what is possible."""
     ratio = {"x median": "seconds", "x best": "best", "x cpu": "cpu_s", "x update": "update_s", "x peak": "peak"}
-    lines = [["workload", "side", "median s", "best s", "cpu s", "tokens/s", "peak MiB", *ratio]]
+    lines = [["workload", "side", "median s", "best s", "cpu s", "tokens/s", "peak MiB", *ratio, "x tokens", *SHARES]]
     for r in rows:
         seconds = statistics.median(r["seconds"]), min(r["seconds"]), statistics.median(r["cpu_s"])
         sizes = f"{r['tokens_per_s']:.1f}", f"{r['peak_mib']}"
         over = [f"{r[f'{name}_ratio']:.2f}" if f"{name}_ratio" in r else "—" for name in ratio.values()]
-        lines.append([r["workload"]["name"], r["side"], *(f"{x:.2f}" for x in seconds), *sizes, *over])
+        bound = f"{r['tokens_bound']:.2f}" if r["side"] == "trl" else "—"
+        reached = [next((f"{r[key]:.0f}" for key in keys if key in r), "—") for keys in SHARES.values()]
+        side = f"{r['side']}, {r['computes']}"
+        lines.append([r["workload"]["name"], side, *(f"{x:.2f}" for x in seconds), *sizes, *over, bound, *reached])
+    return text(lines)
+
+
+# Columns in per cent. A step is known by its parts; the share in CPU time is of its update, elsewhere of the rollout.
+SHARES = {
+    "% rollout": ("generate_s_share", "seconds_share"),
+    "% update": ("update_s_share",),
+    "% cpu": ("update_cpu_s_share", "cpu_s_share"),
+}
+
+
+def limits_table(found: Sequence[dict[str, Any]]) -> str:
+    """The machine's own speed, for people: the best that was seen of each product and of each way to read."""
+    lines = [["limits", "reached"]]
+    for kind, unit in (("flops", "GFLOP/s"), ("bytes", "GB/s, memory")):
+        for name in dict.fromkeys(name for f in found for name in f[kind]):
+            lines.append([name, f"{max(f[kind].get(name, 0.0) for f in found) / 1e9:.1f} {unit}"])
     return text(lines)
 
 
@@ -214,15 +269,18 @@ def bench(cfg: Settings) -> None:
         if not cfg.model:
             cfg = replace(cfg, model=f"{stack.enter_context(tempfile.TemporaryDirectory())}/base")
             base.untaught(Path(cfg.model))
-        peers = (entry.partition("=") for entry in ("selfemo", *cfg.peer))
-        sides = [Side(name, python or sys.executable, cfg, stack) for name, _, python in peers]
+        others = () if all(work.task == "limits" for work in works) else ("selfemo", *cfg.peer)
+        peers = (entry.partition("=") for entry in ("limits", *others))
+        limits, *sides = (Side(name, python or sys.executable, cfg, stack) for name, _, python in peers)
         for work in works:
-            rows += (found := measure(work, cfg, sides))
+            rows += (found := measure(work, cfg, sides, limits))
             print(jsonl(found), end="", flush=True)
             if cfg.out:
                 with Path(cfg.out).open("a", encoding="utf-8") as file:
                     file.write(jsonl(found))
-    print(table(rows))
+    print(limits_table([r["limits"] for r in rows]) + "\n")
+    if timed := [r for r in rows if r["side"] != "limits"]:
+        print(table(timed))
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""The sides of tools.bench: ours, transformers, TRL and vLLM, each in a process of whatever interpreter has it.
+"""The sides of tools.bench: ours, transformers, TRL, vLLM, and the machine itself, each in a process of its own interpreter.
 
     python -m tools.peers NAME MODEL DTYPE
 
@@ -18,8 +18,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
-Job = Mapping[str, Any]  # task, prompts (token ids), n, max_new_tokens, micro_batch
-Found = dict[str, Any]  # seconds, tokens, and what else a side knows
+Job = Mapping[str, Any]  # task, prompts (token ids), n, max_new_tokens, micro_batch, trl_micro_batch
+Found = dict[str, Any]  # seconds, tokens, computes (in which precision), and what else a side knows
 Side = Callable[[Job], Found]
 
 
@@ -108,15 +108,18 @@ def ours(model: str, dtype: str) -> Side:
             selfemo.mini_batch(policy, learner, scored, before_BT, ref_BT, cfg)
             learner.optimizer.step()
 
+        began = time.process_time()
         update_s, _ = timed(update)
         parts = {"generate_s": generate_s, "score_s": score_s, "update_s": update_s}
-        return {"seconds": sum(parts.values()), "tokens": sum(len(c.ids) for group in groups for c in group), **parts}
+        found = {"update_cpu_s": time.process_time() - began, "computes": f"{dtype} weights", **parts}
+        return {"seconds": sum(parts.values()), "tokens": sum(len(c.ids) for group in groups for c in group), **found}
 
     def run(job: Job) -> Found:
         if job["task"] == "step":
             return step(job)
         seconds, groups = timed(lambda: rollout(job))
-        return {"seconds": seconds, "tokens": sum(len(c.ids) for group in groups for c in group)}
+        tokens = sum(len(c.ids) for group in groups for c in group)
+        return {"seconds": seconds, "tokens": tokens, "computes": f"{dtype} weights"}
 
     return run
 
@@ -135,7 +138,7 @@ def transformers(model: str, dtype: str) -> Side:
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in job["prompts"]])
         settings = {"max_new_tokens": job["max_new_tokens"], "num_return_sequences": job["n"]}
         seconds, out = timed(lambda: lm.generate(ids, attention_mask=mask, do_sample=True, temperature=1.0, **settings))
-        return {"seconds": seconds, "tokens": len(out) * (out.shape[1] - width)}
+        return {"seconds": seconds, "tokens": len(out) * (out.shape[1] - width), "computes": f"{dtype} weights"}
 
     return run
 
@@ -161,7 +164,7 @@ def trl(model: str, dtype: str) -> Side:
 
     def run(job: Job) -> Found:
         prompts = [tokenizer.decode(ids) for ids in job["prompts"]]
-        answers, micro = len(prompts) * job["n"], job["micro_batch"]
+        answers, micro = len(prompts) * job["n"], job["trl_micro_batch"] or job["micro_batch"]
         lm = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         with tempfile.TemporaryDirectory() as out:
             args = GRPOConfig(
@@ -180,7 +183,8 @@ def trl(model: str, dtype: str) -> Side:
             trainer.train()
         generate_s, score_s = (math.fsum(seconds) for seconds in spent.values())  # the second one holds the first
         parts = {"generate_s": generate_s, "score_s": score_s - generate_s, "update_s": clock.seconds - score_s}
-        return {"seconds": clock.seconds, "tokens": answers * job["max_new_tokens"], **parts}
+        computes = "float32 weights" + (", bfloat16 autocast" if dtype == "bfloat16" else "")
+        return {"seconds": clock.seconds, "tokens": answers * job["max_new_tokens"], "computes": computes, **parts}
 
     return run
 
@@ -200,12 +204,26 @@ def vllm(model: str, dtype: str) -> Side:
         llm.reset_prefix_cache()  # repeats must compute their prompts again
         prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
         seconds, groups = timed(lambda: llm.generate(prompts, settings, use_tqdm=False))
-        return {"seconds": seconds, "tokens": sum(len(a.token_ids) for group in groups for a in group.outputs)}
+        tokens = sum(len(a.token_ids) for group in groups for a in group.outputs)
+        return {"seconds": seconds, "tokens": tokens, "computes": f"{dtype} weights"}
 
     return run
 
 
+def limits(model: str, dtype: str) -> Side:
+    """No model at work: what this machine could do at best (tools.limits)."""
+    import torch
+
+    from tools.limits import Shapes, ideal
+
+    threads = int(os.environ.get("OMP_NUM_THREADS", "1"))
+    torch.set_num_threads(threads)
+    shapes = Shapes.of(model)
+    return lambda job: ideal(shapes, getattr(torch, dtype), job, threads)
+
+
 SIDES: Mapping[str, tuple[Callable[[str, str], Side], tuple[str, ...]]] = {
+    "limits": (limits, ("torch",)),
     "selfemo": (ours, ("torch", "transformers")),
     "transformers": (transformers, ("transformers", "torch")),
     "trl": (trl, ("trl", "transformers", "torch")),

@@ -1,5 +1,6 @@
 """A checkpoint as a Hugging Face folder: the very weights, from a run, from its cold start, from a copy of a checkpoint."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -7,10 +8,12 @@ import sys
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 from common.errors import UserError
 from common.hub import check_model
+from model import Policy
 from tools.export import export_checkpoint
 from training.folder import newest_checkpoint
 
@@ -54,6 +57,27 @@ def test_a_damaged_checkpoint_is_not_exported(run, tmp_path):
     raw = path.read_bytes()
     path.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
     with pytest.raises(UserError, match="weights.safetensors is not what was written"):
+        export_checkpoint(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("changed", "says"), [({"model": "no/such/folder"}, "does not exist"), ({}, "KeyError 'model'")])
+def test_a_start_model_that_cannot_be_opened_leaves_no_folder(run, tmp_path, changed, says):
+    settings = {k: v for k, v in json.loads((run / "config.json").read_text()).items() if k != "model"}
+    (run / "config.json").write_text(json.dumps({**settings, **changed}))
+    with pytest.raises(UserError, match=says):
+        export_checkpoint(run / "cold_start", tmp_path / "new" / "out")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_full_disk_while_a_model_is_written_is_a_file_error(run, tmp_path, monkeypatch):
+    """safetensors has an error of its own for it, which no command knows."""
+
+    def full(policy, folder, tokenizer):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(Policy, "export", full)
+    with pytest.raises(OSError, match="No space left on device"):
         export_checkpoint(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

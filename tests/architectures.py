@@ -20,7 +20,7 @@ import transformers
 from transformers import CONFIG_MAPPING, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from common.errors import UserError
+from common.errors import UserError, command
 from common.hub import unfit
 from common.shrunk import FAR, NEAR, random_model, shrunk
 from model import ATTENTION, Group, Policy, check_architecture
@@ -134,4 +134,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(command(main))

@@ -501,6 +501,7 @@ def test_commands_name_files_and_flags_that_exist():
 
 def test_flags_in_the_text_exist():
     others = {"nproc_per_node", "nnodes", "shutdown-timeout", "index-url", "help"}
+    others |= {"dtype", "repeats", "threads"}  # of tools.bench
     known = set().union(*accepted().values()) | others
     for document in DOCUMENTS:
         unknown = {flag for name in quoted(present(document)) for flag in re.findall(r"(?<![\w-])--([\w-]+)", name)} - known
@@ -520,7 +521,7 @@ def test_values_of_flags_in_the_text_are_accepted():
 def test_the_first_screen_has_the_two_commands():
     """One line each: a venv, the requirements, the toy; a venv, the requirements for developing, the tests."""
     toy, tests = (block.strip() for block in blocks("README.md")[:2])
-    for command, ends in ((toy, "selfemo.py --preset toy --out runs/toy"), (tests, "python -m pytest")):
+    for command, ends in ((toy, "selfemo.py --preset toy --out runs/toy"), (tests, "python -m pytest -n auto --dist loadfile")):
         assert "\n" not in command and command.startswith("python3 -m venv .venv && .venv/bin/pip install")
         assert command.endswith(ends)
     assert text("README.md").splitlines().index(tests) < 25

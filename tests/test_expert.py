@@ -492,7 +492,7 @@ def test_the_cache_keeps_the_response_and_not_what_was_made_of_it(tmp_path, fini
 def test_what_was_broken_off_is_not_in_the_cache(tmp_path):
     with serving(lambda body, number: completion("{", finish="abort")) as server, open_cache(tmp_path / "c") as cache:
         assert isinstance(asking.ask(endpoint(server.url), [CHAT], FAST, cache)[0], Unanswered)
-    assert (tmp_path / "c").read_bytes() == b""
+    assert not (tmp_path / "c").exists()  # a cache in which nothing was answered is not left
 
 
 def test_of_an_earlier_version_only_whole_answers_are_taken(tmp_path):

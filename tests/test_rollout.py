@@ -599,6 +599,6 @@ def test_settings_out_of_range_are_refused(wrong):
 
 def test_a_sliding_window_is_refused_and_leaves_the_model_as_it_was():
     lm = tiny("qwen3", attention="sdpa", use_sliding_window=True, sliding_window=4, max_window_layers=0)
-    with pytest.raises(ValueError, match="sliding window"):
+    with pytest.raises(ValueError, match="sliding_window"):
         generate(lm, PROMPTS[:1], keys=KEYS[:1], **SETTINGS)
     assert lm.config._attn_implementation == "sdpa"

@@ -353,7 +353,8 @@ def test_scores_know_the_date_and_two_models_have_one(monkeypatch, capsys, place
     today("2026-03-04", "2026-03-05")
     models = ("--model", dated[0], "--model", dated[0], "--model", place.root / "base")
     status, numbers, err = score(monkeypatch, capsys, place, *models, "--out", tmp_path / "o.jsonl")
-    assert status == 0 and [run["date"] for run in numbers["runs"]] == ["2026-03-04", "2026-03-04", None]
+    assert status == 2  # no answer of these models is valid
+    assert [run["date"] for run in numbers["runs"]] == ["2026-03-04", "2026-03-04", None]
     assert set(asked) == {"2026-03-04"} and err.count("the chat template shows the date: 2026-03-04") == 2
     rows = [[row["date"] for row in lines(tmp_path / f"o-{n}.jsonl")] for n in (2, 3)]
     assert rows == [["2026-03-04"] * 9, [None] * 9]

@@ -521,7 +521,8 @@ def test_values_of_flags_in_the_text_are_accepted():
 def test_the_first_screen_has_the_two_commands():
     """One line each: a venv, the requirements, the toy; a venv, the requirements for developing, the tests."""
     toy, tests = (block.strip() for block in blocks("README.md")[:2])
-    for command, ends in ((toy, "selfemo.py --preset toy --out runs/toy"), (tests, "python -m pytest -n auto --dist loadfile")):
+    ends_of = {toy: "selfemo.py --preset toy --out runs/toy", tests: "python -m pytest -n auto --dist loadfile"}
+    for command, ends in ends_of.items():
         assert "\n" not in command and command.startswith("python3 -m venv .venv && .venv/bin/pip install")
         assert command.endswith(ends)
     assert text("README.md").splitlines().index(tests) < 25

@@ -558,7 +558,8 @@ def test_a_rank_that_fails_takes_the_job_down_with_one_error(place, tmp_path, wh
     assert ended.returncode != 0
     assert heard in ended.stderr
     spoken = [line for line in ended.stderr.splitlines() if re.match(r"rank \d: error: ", line)]
-    assert sum("No space" in line for line in spoken) == ("error" in heard)  # heard once; a rank that is killed says nothing; torchrun says SIGKILL
+    # Heard once; a rank that is killed says nothing, torchrun says SIGKILL.
+    assert sum("No space" in line for line in spoken) == ("error" in heard)
     assert time.monotonic() - begun < 60
 
 

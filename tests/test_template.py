@@ -322,6 +322,14 @@ def test_a_config_without_a_date_takes_that_of_the_command(tmp_path):
     folder.open_run(tmp_path, {"lr": 1, "date": "2026-03-04"}, resume=True, may_differ=frozenset())
 
 
+def test_the_date_is_that_of_the_flag_or_of_the_run_or_of_today(place, tmp_path, today):
+    today("2026-03-05")
+    (tmp_path / "config.json").write_text('{"date": "2026-03-04"}')
+    given = ((), ("--resume",), ("--resume", "--date", "2026-01-31"))
+    found = [task.date_of_run(config.parse([*place.argv(tmp_path), *flags])) for flags in given]
+    assert found == ["2026-03-05", "2026-03-04", "2026-01-31"]
+
+
 def test_all_ranks_have_the_date_of_the_first(place, monkeypatch, today):
     today("2026-03-05")
     monkeypatch.setattr(task, "exchange", lambda value: ["2026-03-04", value])

@@ -606,11 +606,9 @@ WATCHED = {"kill 1": killed(1), "kill 0": killed(0), "raise": raised, "slow": sl
 @pytest.mark.parametrize("what", ["kill 1", "kill 0", "raise"])
 def test_a_rank_inside_of_a_native_call_ends_when_the_other_is_gone(tmp_path, what):
     """Rank 1 is killed, or rank 0 with the store that it holds, or rank 1 fails: the other sleeps a minute in C and is ended
-    within seconds (limits .2 + 4 + .3 s), with one line."""
-    begun = time.monotonic()
+    within seconds (limits .2 + 4 + .3 s). The line is the thread's: a rank that wakes by itself says something else."""
     ends = finish(start(2, watched, str(tmp_path / "log"), what))
     gone = 0 if what == "kill 0" else 1
-    assert time.monotonic() - begun < 30
     assert ends[1 - gone] == 1
     assert ends[gone] == (1 if what == "raise" else -signal.SIGKILL)
     assert f"rank {1 - gone}: error: another rank has ended\n" in (tmp_path / f"log.{1 - gone}").read_text()

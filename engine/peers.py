@@ -8,7 +8,6 @@ works, however long, counts on: torch and NCCL let other threads run while they 
 import os
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -45,12 +44,13 @@ class Watcher(threading.Thread):
 
     def loses_one(self) -> bool:
         """Whether another rank was lost before this one parted."""
-        heard = {peer: (0, time.monotonic()) for peer in range(dist.get_world_size()) if peer != self.rank}
+        heard = {peer: (0, 0) for peer in range(dist.get_world_size()) if peer != self.rank}  # number, looks it stood still
         while not self.parting.wait(self.every):
             self.store.add(f"beats/{self.rank}", 1)
-            beats, now = {peer: self.store.add(f"beats/{peer}", 0) for peer in heard}, time.monotonic()
-            heard = {peer: was if was[0] == beats[peer] else (beats[peer], now) for peer, was in heard.items()}
-            still = [peer for peer, (_, since) in heard.items() if now - since > self.silent]
+            beats = {peer: self.store.add(f"beats/{peer}", 0) for peer in heard}
+            heard = {p: (beats[p], looks + 1 if beats[p] == before else 0) for p, (before, looks) in heard.items()}
+            # Looks, not the clock: a job that was suspended as a whole has missed none.
+            still = [peer for peer, (_, looks) in heard.items() if looks * self.every > self.silent]
             if self.store.check(["failed"]) or not all(self.store.check([f"parted/{peer}"]) for peer in still):
                 return True
         self.store.set(self.last_word, "")

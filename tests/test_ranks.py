@@ -600,7 +600,14 @@ def slow(rank):
         ctypes.CDLL(None).sleep(6)
 
 
-WATCHED = {"kill 1": killed(1), "kill 0": killed(0), "raise": raised, "slow": slow}
+def suspended(rank):
+    """Both say that they are there, and work on."""
+    print(f"rank {rank} is there", file=sys.stderr, flush=True)
+    ctypes.CDLL(None).sleep(2)
+    assert processes.exchange(rank) == [0, 1]
+
+
+WATCHED = {"kill 1": killed(1), "kill 0": killed(0), "raise": raised, "slow": slow, "suspended": suspended}
 
 
 @pytest.mark.parametrize("what", ["kill 1", "kill 0", "raise"])
@@ -617,6 +624,21 @@ def test_a_rank_inside_of_a_native_call_ends_when_the_other_is_gone(tmp_path, wh
 def test_a_rank_that_works_long_is_not_taken_for_dead(tmp_path):
     assert finish(start(2, watched, str(tmp_path / "log"), "slow")) == [0, 0]
     assert [(tmp_path / f"log.{rank}").read_text() for rank in (0, 1)] == ["", ""]
+
+
+def test_a_job_that_was_suspended_as_a_whole_goes_on(tmp_path):
+    """Both ranks stand still for longer than a silent rank may live, then go on one after the other."""
+    workers, logs = start(2, watched, str(tmp_path / "log"), "suspended"), [tmp_path / f"log.{rank}" for rank in (0, 1)]
+    while not all(log.exists() and log.read_text() for log in logs):
+        assert all(worker.is_alive() for worker in workers)
+        time.sleep(0.05)
+    time.sleep(0.5)  # some looks
+    for number, pause in ((signal.SIGSTOP, 5.0), (signal.SIGCONT, 0.0)):
+        for worker in workers:
+            os.kill(worker.pid, number)
+        time.sleep(pause)
+    assert finish(workers) == [0, 0]
+    assert [log.read_text() for log in logs] == ["rank 0 is there\n", "rank 1 is there\n"]
 
 
 def test_the_limits_leave_a_minute():

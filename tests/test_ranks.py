@@ -627,15 +627,14 @@ def test_a_rank_that_works_long_is_not_taken_for_dead(tmp_path):
 
 
 def test_a_job_that_was_suspended_as_a_whole_goes_on(tmp_path):
-    """Both ranks stand still for longer than a silent rank may live, then go on one after the other."""
+    """Rank 1 is stopped, then rank 0, for longer than a silent rank may live; they go on in the other order."""
     workers, logs = start(2, watched, str(tmp_path / "log"), "suspended"), [tmp_path / f"log.{rank}" for rank in (0, 1)]
     while not all(log.exists() and log.read_text() for log in logs):
         assert all(worker.is_alive() for worker in workers)
         time.sleep(0.05)
-    time.sleep(0.5)  # some looks
-    for number, pause in ((signal.SIGSTOP, 5.0), (signal.SIGCONT, 0.0)):
-        for worker in workers:
-            os.kill(worker.pid, number)
+    order = (1, signal.SIGSTOP, 0.6), (0, signal.SIGSTOP, 5.0), (0, signal.SIGCONT, 0.6), (1, signal.SIGCONT, 0.0)
+    for rank, number, pause in order:  # in .6 s rank 0 looks three times at a rank that stands still
+        os.kill(workers[rank].pid, number)
         time.sleep(pause)
     assert finish(workers) == [0, 0]
     assert [log.read_text() for log in logs] == ["rank 0 is there\n", "rank 1 is there\n"]

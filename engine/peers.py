@@ -8,13 +8,12 @@ works, however long, counts on: torch and NCCL let other threads run while they 
 import os
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
 import torch.distributed as dist
-from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 
 class Watcher(threading.Thread):
@@ -29,31 +28,31 @@ class Watcher(threading.Thread):
         super().__init__(daemon=True)
         self.every, self.silent, self.grace = every, silent, grace
         self.rank, self.parting, self.last_word = dist.get_rank(), threading.Event(), ""
-        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = TCPStore(*address, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=silent))
-        self.store = PrefixStore("peers", store)
 
     def run(self) -> None:
         """Until this rank parts, or another one is lost."""
         try:
-            lost = self.loses_one()
+            address, limit = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timedelta(seconds=self.silent)
+            client = TCPStore(*address, is_master=False, wait_for_workers=False, timeout=limit)
+            lost = self.loses_one(PrefixStore("peers", client))
         except RuntimeError:  # the store is gone, and so is the launcher or rank 0, which held it
             lost = True
         if lost and not self.parting.wait(self.grace):
             print(f"rank {self.rank}: error: another rank has ended", file=sys.stderr, flush=True)
             os._exit(1)
 
-    def loses_one(self) -> bool:
+    def loses_one(self, store: Store) -> bool:
         """Whether another rank was lost before this one parted."""
-        heard = {peer: (0, time.monotonic()) for peer in range(dist.get_world_size()) if peer != self.rank}
+        heard = {peer: (0, 0) for peer in range(dist.get_world_size()) if peer != self.rank}  # number, looks it stood still
         while not self.parting.wait(self.every):
-            self.store.add(f"beats/{self.rank}", 1)
-            beats, now = {peer: self.store.add(f"beats/{peer}", 0) for peer in heard}, time.monotonic()
-            heard = {peer: was if was[0] == beats[peer] else (beats[peer], now) for peer, was in heard.items()}
-            still = [peer for peer, (_, since) in heard.items() if now - since > self.silent]
-            if self.store.check(["failed"]) or not all(self.store.check([f"parted/{peer}"]) for peer in still):
+            store.add(f"beats/{self.rank}", 1)
+            beats = {peer: store.add(f"beats/{peer}", 0) for peer in heard}
+            heard = {p: (beats[p], looks + 1 if beats[p] == before else 0) for p, (before, looks) in heard.items()}
+            # Looks, not the clock: a job that was suspended as a whole has missed none.
+            still = [peer for peer, (_, looks) in heard.items() if looks * self.every > self.silent]
+            if store.check(["failed"]) or not all(store.check([f"parted/{peer}"]) for peer in still):
                 return True
-        self.store.set(self.last_word, "")
+        store.set(self.last_word, "")
         return False
 
     def part(self, last_word: str) -> None:

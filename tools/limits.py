@@ -21,7 +21,7 @@ from engine.batches import longest_micro_batch, tokens_of
 from engine.fast import can_pack, pack, packed_linear
 from model import HEAD_BYTES, shape
 
-SECONDS = 0.3  # each product and each reading is repeated for so long
+SECONDS = 0.1  # each product and each reading is repeated for so long
 READ_BYTES = 2**28  # what is read: far more than caches hold
 SQUARE = 1024  # side of the square product
 MOST_ROWS = 2048  # more tokens make no product faster

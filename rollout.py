@@ -26,27 +26,28 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from common.draws import Key, uniform
+from common.draws import Key, uniforms
 from common.errors import UserError
 from data import Completion
-from engine.cache import DecodeLayout, GroupCache, PrefillLayout, Size, bucket
-from engine.fast import RecordedSteps, Recorder, Step, packed_weights
+from engine.cache import DecodeLayout, DecodeRows, GroupCache, PrefillLayout, Size, bucket, doubled, largest
+from engine.fast import Capture, Recorder, Step, packed_weights
 from model import ATTENTION, Group, Policy, check_length, pad
 
+AHEAD = 64  # random numbers of a row that lie on the device
 BLOCK = 128  # tokens of the vocabulary in one entry of the sampler's coarse CDF
 MAX_ROWS = 256  # answers decoded together: the rate still rises up to here
 PREFILL_TOKENS = 12_400  # prompt tokens computed together (Table 12: max_num_batched_tokens)
 
 
-def draw_in_blocks(logits_RV: Tensor, temperature: float, uniform_R: Sequence[float]) -> tuple[list[int], list[float]]:
+def draw_in_blocks(logits_RV: Tensor, temperature: float, uniform_R: Tensor) -> Tensor:
     """One token per row by inverse CDF, and its log-prob under the distribution it was drawn from: `minimal.draw`.
 
-    In half of its time: one CDF over blocks of the vocabulary, one inside the block that is hit, one buffer. Raises
-    FloatingPointError for logits that are NaN or infinite.
+    In half of its time: one CDF over blocks of the vocabulary, one inside the block that is hit, one buffer. Without a look
+    at any value, so a GPU goes on: [R, 3] in float64, which holds them exactly: token, log-prob, and 0 where the largest
+    logit is NaN or infinite and the other two mean nothing.
     """
     weight_RV = logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32), copy=True)
     peak_R1 = weight_RV.amax(-1, keepdim=True)
-    check_finite(peak_R1)
     weight_RV.sub_(peak_R1).div_(temperature or 1.0).exp_()
     if rest := -weight_RV.shape[1] % BLOCK:
         weight_RV = F.pad(weight_RV, (0, rest))
@@ -55,28 +56,26 @@ def draw_in_blocks(logits_RV: Tensor, temperature: float, uniform_R: Sequence[fl
     if temperature == 0:
         token_R1 = logits_RV.argmax(-1, keepdim=True)
     else:
-        aim_R1 = cdf_RX.new_tensor(uniform_R)[:, None] * cdf_RX[:, -1:]
+        aim_R1 = uniform_R.to(cdf_RX.dtype)[:, None] * cdf_RX[:, -1:]
         block_R1 = locate(cdf_RX, aim_R1)
         before_R1 = F.pad(cdf_RX, (1, 0)).gather(1, block_R1)
         inside_RC = weight_RXC.take_along_dim(block_R1[..., None], 1)[:, 0]
         token_R1 = block_R1 * BLOCK + locate(inside_RC.cumsum(-1), aim_R1 - before_R1)
+        token_R1 = token_R1.clamp(max=logits_RV.shape[1] - 1)  # beyond it lies only what NaN finds
     score_R1 = (logits_RV.gather(1, token_R1) - peak_R1) / (temperature or 1.0)
     logp_R1 = score_R1 - cdf_RX[:, -1:].log()
-    return token_R1[:, 0].tolist(), logp_R1[:, 0].tolist()
+    return torch.cat([x_R1.double() for x_R1 in (token_R1, logp_R1, peak_R1.isfinite())], dim=1)
 
 
 def locate(cdf_RX: Tensor, aim_R1: Tensor) -> Tensor:
-    """The first entry of each row that lies above the aim: never one of weight 0, and one also where the aim is the end."""
+    """The first entry of each row that lies above the aim: never one of weight 0, and one also where the aim is the end.
+
+    Among NaN, any entry: an index outside would stop a GPU before the host could say why.
+    """
     last_R1 = cdf_RX[:, -1:]
     below_R1 = torch.minimum(aim_R1, torch.nextafter(last_R1, torch.zeros_like(last_R1)))
     found_R1: Tensor = torch.searchsorted(cdf_RX, below_R1, right=True)
-    return found_R1
-
-
-def check_finite(peak: Tensor) -> None:
-    """Raise FloatingPointError where the largest logit of a row is NaN or infinite."""
-    if not peak.isfinite().all():
-        raise FloatingPointError("a logit is NaN or infinite")
+    return found_R1.clamp(max=cdf_RX.shape[1] - 1)
 
 
 def generate(
@@ -90,14 +89,15 @@ def generate(
     keys: Sequence[Key],
     kv_budget: int | None = None,
     progress: bool = False,
-    record: Recorder | None = None,
+    record: Capture | None = None,
 ) -> list[list[Completion]]:
     """Sample n answers to each prompt; the answers of prompt i are element i.
 
     `keys` names each prompt's random streams. `kv_budget` (bytes, None = no limit) is never exceeded by keys and values:
     over it, the youngest group is dropped and queued again, and its streams redraw the same answers. `record`
-    (`engine.fast.cuda_graph`) records decode steps and replays them. Nothing outlives the call. Raises ValueError for empty
-    prompts or settings out of range, `UserError` if one group does not fit the budget or the model's positions.
+    (`engine.fast.cuda_graphs()`) records decode steps and replays them; the cache then grows by doubling. Nothing outlives
+    the call. Raises ValueError for empty prompts or settings out of range, `UserError` if one group does not fit the budget
+    or the model's positions, FloatingPointError for logits that are NaN or infinite.
     """
     if n < 1 or max_new_tokens < 1 or temperature < 0 or len(keys) != len(prompts) or not all(map(len, prompts)):
         raise ValueError("generate needs n >= 1, max_new_tokens >= 1, temperature >= 0, and a key and tokens a prompt")
@@ -135,10 +135,11 @@ class Job:
 
 @dataclass(eq=False)
 class Row:
-    """An answer on its way. All of its tokens but the last are in the cache."""
+    """An answer on its way. All of its tokens but the last are in the cache. `ahead_A` decides its next tokens."""
 
     job: Job
     answer: int
+    ahead_A: Tensor
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
 
@@ -148,15 +149,18 @@ class Engine:
 
     def __init__(
         self, lm: PreTrainedModel, n: int, max_new: int, temperature: float, eos: frozenset[int], budget: int | None,
-        record: Recorder | None,
+        record: Capture | None,
     ) -> None:
         """Nothing is computed yet."""
         self.lm, self.n, self.max_new, self.temperature, self.eos, self.budget = lm, n, max_new, temperature, eos, budget
         self.cache = GroupCache(lm)
-        step: Step = partial(next_logits, lm)
-        self.decode: Step = RecordedSteps(step, self.cache, n, record) if record else step
+        step: Step = partial(decode, lm, self.cache, temperature)
+        self.decode: Step = Recorder(step, self.cache, n, record) if record else step
+        self.doubles = record is not None  # each growth ends recordings; without them hidden columns cost more than it
+        self.most: Size = (0, 0, 0, 0)
         self.groups: list[Job] = []
         self.rows: list[Row] = []
+        self.moving: DecodeRows | None = None  # `rows` on the device, while they only move on
         self.done: dict[tuple[int, int], Completion] = {}
         self.clock = itertools.count()
         self.born: dict[int, int] = {}  # when a job was last admitted
@@ -166,6 +170,7 @@ class Engine:
         """Answer every job."""
         for job in jobs:
             self.check_fits(job)
+        self.most = largest(len(jobs), self.n, MAX_ROWS, max([0, *(len(job.prompt) for job in jobs)]), self.max_new)
         queue = deque(sorted(jobs, key=lambda job: len(job.prompt)))  # side by side, prompts are padded to the longest
         tokens = 0
         while queue or self.rows:
@@ -220,59 +225,74 @@ class Engine:
         assert size is not None  # `admit` looked
         self.cache.resize(size)
         lengths = [len(job.prompt) for job in jobs]
-        ends = torch.tensor(lengths).cumsum(0)
-        prompt_PS = pad([range(end - length, end) for end, length in zip(ends.tolist(), lengths, strict=True)])
+        ends = list(itertools.accumulate(lengths))
+        prompt_PS = pad([range(end - length, end) for end, length in zip(ends, lengths, strict=True)])
         back = [row * prompt_PS.shape[1] + s for row, length in enumerate(lengths) for s in range(length)]
-        layout = PrefillLayout(self.cache, self.on_device(prompt_PS), self.on_device(torch.tensor(back)), first)
+        layout = PrefillLayout(self.cache, self.on_device(prompt_PS), self.tensor(back), first)
         positions = [s for length in lengths for s in range(length)]
         ids = [token for job in jobs for token in job.prompt]
         hidden_ND = hidden_states(self.lm, self.tensor(ids), self.tensor(positions), layout)
-        logits_PV = self.lm.get_output_embeddings()(hidden_ND[self.on_device(ends - 1)])
+        logits_PV = self.lm.get_output_embeddings()(hidden_ND[self.tensor([end - 1 for end in ends])])
         starts = [(p, a) for p, job in enumerate(jobs) for a in range(self.n) if (job.index, a) not in self.done]
-        rows = [Row(jobs[p], a) for p, a in starts]
+        rows = [Row(jobs[p], a, self.numbers(jobs[p], a, 0)) for p, a in starts]
         self.rows += rows
-        self.extend(rows, logits_PV[[p for p, _ in starts]])
+        self.moving = None
+        first_R = self.on_device(torch.stack([row.ahead_A for row in rows])[:, 0])
+        self.extend(rows, draw_in_blocks(logits_PV[self.tensor([p for p, _ in starts])], self.temperature, first_R))
 
     def step(self) -> None:
-        """One more token for every row."""
-        ids = [row.ids[-1] for row in self.rows]
-        positions = [len(row.job.prompt) + len(row.ids) - 1 for row in self.rows]
-        self.extend(self.rows, self.decode(self.tensor(ids), self.tensor(positions), self.layout()))
+        """One more token for every row. Most steps send nothing to the device: the rows there move on by themselves."""
+        self.moving = self.moving or self.to_move()
+        self.extend(self.rows, self.decode(self.moving))
 
-    def layout(self) -> DecodeLayout:
-        """Where the rows stand in their groups, and what each of them sees."""
+    def to_move(self) -> DecodeRows:
+        """The rows as they are now, on the device."""
         slot = {job.index: p for p, job in enumerate(self.groups)}
         members: list[list[int]] = [[] for _ in self.groups]
+        columns = []
         for r, row in enumerate(self.rows):
-            members[slot[row.job.index]].append(r)
-        place = {r: (p, g) for p, group in enumerate(members) for g, r in enumerate(group)}
-        place_R2 = torch.tensor([place[r] for r in range(len(self.rows))])
-        prompt_R1 = torch.tensor([[len(row.job.prompt)] for row in self.rows])
-        length_R = torch.tensor([len(row.ids) - 1 for row in self.rows])
-        _, S, _, T = self.cache.size
-        hidden_RZ = torch.cat([torch.arange(S) >= prompt_R1, torch.arange(T) > length_R[:, None]], dim=1)
-        hide_RZ = torch.zeros(hidden_RZ.shape, dtype=self.cache.like.dtype).masked_fill(hidden_RZ, -torch.inf)
-        parts = (pad(members), place_R2[:, 0], place_R2[:, 1], length_R, hide_RZ[:, None, None])
-        moved = [self.on_device(x) for x in parts]
-        return DecodeLayout(self.cache, *moved)
+            group = members[p := slot[row.job.index]]
+            columns.append((p, len(group), len(row.job.prompt), row.ids[-1], len(row.ids) - 1))
+            group.append(r)
+        group_R, member_R, prompt_R, ids_R, length_R = self.tensor(list(zip(*columns, strict=True)))
+        row_PG, uniform_RA = self.on_device(pad(members)), self.on_device(torch.stack([row.ahead_A for row in self.rows]))
+        return DecodeRows(row_PG, group_R, member_R, prompt_R, ids_R, length_R, uniform_RA)
 
-    def extend(self, rows: Sequence[Row], logits_RV: Tensor) -> None:
-        """Draw the next token of each row."""
-        numbers = [uniform(row.job.key, row.answer, len(row.ids)) for row in rows] if self.temperature else []
-        for row, token, logp in zip(rows, *draw_in_blocks(logits_RV, self.temperature, numbers), strict=True):
-            row.ids.append(token)
+    def extend(self, rows: Sequence[Row], drawn_R3: Tensor) -> None:
+        """Give each row the token that was drawn for it. Here, once a step, the host waits for the device."""
+        there_R3 = drawn_R3.to("cpu", non_blocking=True)  # from CUDA into pinned memory
+        for row in rows:  # meanwhile
+            if (end := len(row.ids) + 1) % AHEAD == 0:
+                row.ahead_A, self.moving = self.numbers(row.job, row.answer, end), None
+        if drawn_R3.is_cuda:
+            torch.cuda.current_stream(drawn_R3.device).synchronize()
+        for row, (token, logp, finite) in zip(rows, there_R3.tolist(), strict=True):
+            if not finite:
+                raise FloatingPointError("a logit is NaN or infinite")
+            row.ids.append(int(token))
             row.logprobs.append(logp)
+
+    def numbers(self, job: Job, answer: int, start: int) -> Tensor:
+        """The random numbers of the tokens from `start` on, as far as they may be needed."""
+        drawn = range(start, min(start + AHEAD, self.max_new)) if self.temperature else ()
+        numbers = uniforms(job.key, answer, drawn)
+        return torch.tensor([*numbers, *[0.0] * (AHEAD - len(numbers))])
 
     def retire(self) -> list[Row]:
         """Take finished answers out, and groups without answers; the last ones move into their places."""
         finished = [row for row in self.rows if row.ids[-1] in self.eos or len(row.ids) == self.max_new]
         for row in finished:
-            swap_out(self.rows, row, self.cache.move_row)
+            self.remove(row)
         alive = {row.job.index for row in self.rows}
         for job in [job for job in self.groups if job.index not in alive]:
             swap_out(self.groups, job, self.cache.move_group)
             self.hold = False
         return finished
+
+    def remove(self, row: Row) -> None:
+        """Take an answer out; the last one moves into its place."""
+        swap_out(self.rows, row, self.cache.move_row)
+        self.moving = None
 
     def make_room(self, queue: deque[Job]) -> None:
         """Capacity for one more token a row; over the budget, the youngest group goes back to the queue."""
@@ -280,17 +300,20 @@ class Engine:
             job = max(self.groups, key=lambda job: self.born[job.index])
             queue.appendleft(job)
             for row in [row for row in self.rows if row.job is job]:
-                swap_out(self.rows, row, self.cache.move_row)
+                self.remove(row)
             swap_out(self.groups, job, self.cache.move_group)
             self.hold = True
-        self.cache.resize(size)
+        if size != self.cache.size:
+            self.cache.resize(size)
+            self.moving = None
 
     def capacity(self, need: Size) -> Size | None:
-        """The capacity to move to: today's if it is enough, else grown, else as tight as the need; None if over budget."""
-        grown = tuple(map(max, need, self.cache.size))
-        return next((size for size in (grown, need) if self.fits(size)), None)  # type: ignore[arg-type,return-value]
+        """The capacity to move to: today's if enough, else doubled or grown, else as tight as the need; None over budget."""
+        grown: Size = tuple(map(max, need, self.cache.size))  # type: ignore[assignment]
+        sizes = [doubled(self.cache.size, need, self.most)] * self.doubles + [grown, need]
+        return next((size for size in sizes if self.fits(size)), None)
 
-    def tensor(self, numbers: Sequence[int]) -> Tensor:
+    def tensor(self, numbers: Sequence[int] | Sequence[tuple[int, ...]]) -> Tensor:
         """Numbers where the weights are."""
         return self.on_device(torch.tensor(numbers))
 
@@ -308,10 +331,13 @@ def hidden_states(lm: PreTrainedModel, ids_N: Tensor, positions_N: Tensor, layou
     return hidden_1ND[0]
 
 
-def next_logits(lm: PreTrainedModel, ids_R: Tensor, positions_R: Tensor, layout: DecodeLayout) -> Tensor:
-    """Logits [R, V] after one more token of every row."""
-    logits_RV: Tensor = lm.get_output_embeddings()(hidden_states(lm, ids_R, positions_R, layout))
-    return logits_RV
+def decode(lm: PreTrainedModel, cache: GroupCache, temperature: float, rows: DecodeRows) -> Tensor:
+    """One step: the next token of every row, as `draw_in_blocks` gives it. The rows move on."""
+    hidden_RD = hidden_states(lm, rows.ids_R, rows.positions_R, rows.layout(cache))
+    logits_RV: Tensor = lm.get_output_embeddings()(hidden_RD)
+    drawn_R3 = draw_in_blocks(logits_RV, temperature, rows.uniform_R)
+    rows.advance(drawn_R3[:, 0])
+    return drawn_R3
 
 
 def swap_out(items: list[Any], item: Any, move: Callable[[int, int], None]) -> None:

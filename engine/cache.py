@@ -23,6 +23,22 @@ def bucket(tokens: int) -> int:
     return -(-tokens // BUCKET) * BUCKET
 
 
+def doubled(size: Size, need: Size, most: Size) -> Size:
+    """A capacity for the need: what is too small in `size` doubles, but not beyond `most`."""
+    sides = zip(size, need, most, strict=True)
+    grown = (have if want <= have else max(want, min(2 * have, top)) for have, want, top in sides)
+    return tuple(grown)  # type: ignore[return-value]
+
+
+def largest(prompts: int, n: int, rows: int, S: int, T: int) -> Size:
+    """The capacity never outgrown by so many prompts of S tokens, n answers of T tokens each, and `rows` decoded together.
+
+    A group comes in while n rows are free, so there are most groups when all older ones have one row left.
+    """
+    groups = min(prompts, max(1, rows - n + 1))
+    return groups, bucket(S), min(prompts * n, max(rows, n)), bucket(T)
+
+
 def cache_bytes(config: PretrainedConfig, element_size: int, size: Size) -> int:
     """Bytes of keys and values with a capacity, counting the layer that is being moved while the cache grows."""
     slots, S, rows, T = size
@@ -56,11 +72,13 @@ class GroupCache:
 
     def resize(self, size: Size) -> None:
         """Move to a new capacity, keeping what fits, one layer at a time."""
+        if size == self.size:
+            return
         slots, S, rows, T = size
         for layer in range(self.layers):
             self.prompt[layer] = tuple(self.moved(x, slots, S) for x in self.prompt[layer])  # type: ignore[assignment]
             self.answer[layer] = tuple(self.moved(x, rows, T) for x in self.answer[layer])  # type: ignore[assignment]
-        self.version += size != self.size
+        self.version += 1
         self.size = size
 
     def moved(self, old: Tensor, rows: int, tokens: int) -> Tensor:
@@ -108,8 +126,7 @@ class PrefillLayout:
 class DecodeLayout:
     """One new token of every row attends to its prompt and to its own answer so far.
 
-    `row_PG` says which row stands where in its group (padding: row 0, never read back), `group_R` and `member_R` where a row
-    stands in `row_PG`, `length_R` how many of its tokens are cached, `hide_R11Z` is -inf where a row must not look.
+    The tables are those of `DecodeRows`; `hide_R11Z` is -inf where a row must not look.
 
     Z is the whole capacity of the cache. What is not in use is hidden and not cut off: the bf16 products of a CPU copy a
     block that is not dense, 2-5 x the product's own time.
@@ -121,11 +138,6 @@ class DecodeLayout:
     member_R: Tensor
     length_R: Tensor
     hide_R11Z: Tensor
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """All that changes from step to step."""
-        return self.row_PG, self.group_R, self.member_R, self.length_R, self.hide_R11Z
 
     def attend(self, layer: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, scaling: float) -> Tensor:
         """See `model.Layout`. The prompt block is one matrix product a group, over all of its answers."""
@@ -151,3 +163,45 @@ class DecodeLayout:
         """[P, K, G * Q, X] back as [R, K, Q, X]."""
         x_PKGQX = x_PKYX.view(*x_PKYX.shape[:2], self.row_PG.shape[1], -1, x_PKYX.shape[-1])
         return x_PKGQX[self.group_R, :, self.member_R]
+
+
+@dataclass(frozen=True, eq=False)
+class DecodeRows:
+    """The unfinished answers, where the weights are. Steps move them on in place; they are made anew when rows come or go.
+
+    `row_PG` says which row stands where in its group (padding: row 0, never read back), `group_R` and `member_R` where a row
+    stands in `row_PG`, `prompt_R` how long its prompt is, `ids_R` its last token, `length_R` how many of its tokens are
+    cached: all but the last. Column t % A of `uniform_RA` decides token t of the answer.
+    """
+
+    row_PG: Tensor
+    group_R: Tensor
+    member_R: Tensor
+    prompt_R: Tensor
+    ids_R: Tensor
+    length_R: Tensor
+    uniform_RA: Tensor
+
+    @property
+    def positions_R(self) -> Tensor:
+        """Where the last tokens stand, counted from the beginning of their prompts."""
+        return self.prompt_R + self.length_R
+
+    @property
+    def uniform_R(self) -> Tensor:
+        """The random numbers of the next tokens."""
+        column_R1 = ((self.length_R + 1) % self.uniform_RA.shape[1])[:, None]
+        return self.uniform_RA.gather(1, column_R1)[:, 0]
+
+    def layout(self, cache: GroupCache) -> DecodeLayout:
+        """The attention of one step: a row sees its prompt, its cached tokens and its last one."""
+        _, S, _, T = cache.size
+        s_S, t_T = (torch.arange(size, device=self.length_R.device) for size in (S, T))
+        hidden_RZ = torch.cat([s_S >= self.prompt_R[:, None], t_T > self.length_R[:, None]], dim=1)
+        hide_RZ = cache.like.new_zeros(hidden_RZ.shape).masked_fill(hidden_RZ, -torch.inf)
+        return DecodeLayout(cache, self.row_PG, self.group_R, self.member_R, self.length_R, hide_RZ[:, None, None])
+
+    def advance(self, token_R: Tensor) -> None:
+        """One more token a row."""
+        self.ids_R.copy_(token_R)
+        self.length_R.add_(1)

@@ -5,25 +5,26 @@ product, they save a seventh of a decode step in bf16 and more in float32 (SmolL
 
 Recorded steps: a GPU finishes the kernels of a decode step sooner than Python can start them. Recorded once a shape as a
 CUDA graph, they start together. A graph needs fixed shapes in fixed places; that part runs, and is tested, on a CPU too.
+Replayed steps move their rows on, so nothing is copied to the device until rows come or go.
 
 Shapes: as in rollout.py.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from engine.cache import DecodeLayout, GroupCache
+from engine.cache import DecodeRows, GroupCache
 
 PACKED = 100_000  # elements of the smallest weight that is packed
 ROWS = 16  # recorded steps have a multiple of so many rows
-Step = Callable[[Tensor, Tensor, DecodeLayout], Tensor]  # (ids_R, positions_R, layout) -> logits_RV
-Recorder = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
+Step = Callable[[DecodeRows], Tensor]  # what was drawn, [R, 3]; the rows move on
+Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]  # (replay, the tensor that it writes)
 
 
 @contextmanager
@@ -65,15 +66,20 @@ def packed_linear(packed: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Recording:
-    """A decode step of one shape: the tensors it reads, how to run it again, and the logits it writes."""
+    """A decode step of one shape: the rows it reads and moves on, how to run it again, and what it draws."""
 
-    inputs: tuple[Tensor, ...]
+    rows: DecodeRows
     replay: Callable[[], None]
-    logits_RV: Tensor
+    drawn_R3: Tensor
+
+    @classmethod
+    def of(cls, step: Step, rows: DecodeRows, capture: Capture) -> "Recording":
+        """Record the step over these rows, which move on meanwhile."""
+        return cls(rows, *capture(lambda: step(rows)))
 
 
 @dataclass(eq=False)
-class RecordedSteps:
+class Recorder:
     """`step`, recorded once a shape. Rows are filled up to a multiple of ROWS, groups to what the cache holds.
 
     Rows that fill up write their keys and values over places of the cache that are not in use. Recordings end with the
@@ -83,51 +89,63 @@ class RecordedSteps:
     step: Step
     cache: GroupCache
     n: int
-    record: Recorder
+    capture: Capture
     recordings: dict[int, Recording] = field(default_factory=dict)
     version: int = -1
+    loaded: DecodeRows | None = None
 
-    def __call__(self, ids_R: Tensor, positions_R: Tensor, layout: DecodeLayout) -> Tensor:
-        """Logits [R, V], valid until the next call."""
+    def __call__(self, rows: DecodeRows) -> Tensor:
+        """What was drawn, [R, 3], valid until the next call. The same `rows` again: the step after the last one."""
         if self.version != self.cache.version:
             self.recordings.clear()
-            self.version = self.cache.version
-        R = len(ids_R)
-        slots, S, most, T = self.cache.size
-        rows = min(-(-R // ROWS) * ROWS, most)
-        shapes = [(rows,), (rows,), (slots, self.n), (rows,), (rows,), (rows,), (rows, 1, 1, S + T)]
-        given = (ids_R, positions_R, *layout.tensors)
-        if rows not in self.recordings:
-            self.recordings[rows] = self.new([filled(x, shape) for x, shape in zip(given, shapes, strict=True)])
-        else:
-            for buffer, x, shape in zip(self.recordings[rows].inputs, given, shapes, strict=True):
-                buffer.copy_(filled(x, shape))
-        recording = self.recordings[rows]
+            self.version, self.loaded = self.cache.version, None
+        R = len(rows.ids_R)
+        slots, _, most, _ = self.cache.size
+        filled_R = min(-(-R // ROWS) * ROWS, most)
+        if filled_R not in self.recordings:
+            self.recordings[filled_R] = Recording.of(self.step, filled(rows, filled_R, slots, self.n), self.capture)
+            self.loaded = None
+        recording = self.recordings[filled_R]
+        if rows is not self.loaded:
+            for kept, x in zip(tensors(recording.rows), tensors(filled(rows, filled_R, slots, self.n)), strict=True):
+                kept.copy_(x)
+            self.loaded = rows
         recording.replay()
-        return recording.logits_RV[:R]
-
-    def new(self, inputs: list[Tensor]) -> Recording:
-        """Recorder the step over these tensors."""
-        ids_R, positions_R, *parts = inputs
-        layout = DecodeLayout(self.cache, *parts)
-        return Recording(tuple(inputs), *self.record(lambda: self.step(ids_R, positions_R, layout)))
+        return recording.drawn_R3[:R]
 
 
-def filled(x: Tensor, shape: Sequence[int]) -> Tensor:
-    """`x` with zeros behind it, up to a shape: row 0, position 0, nothing hidden."""
+def tensors(rows: DecodeRows) -> list[Tensor]:
+    """All that a step reads of its rows."""
+    return [getattr(rows, part.name) for part in fields(rows)]
+
+
+def filled(rows: DecodeRows, R: int, groups: int, n: int) -> DecodeRows:
+    """A copy, filled up with rows of token 0 and with groups that have none."""
+    shapes = {"row_PG": (groups, n), "uniform_RA": (R, rows.uniform_RA.shape[1])}
+    return DecodeRows(*(padded(getattr(rows, part.name), shapes.get(part.name, (R,))) for part in fields(rows)))
+
+
+def padded(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """`x` with zeros behind it, up to a shape."""
     out = x.new_zeros(shape)
     out[tuple(slice(size) for size in x.shape)] = x
     return out
 
 
-def cuda_graph(compute: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """Recorder `compute` as a CUDA graph: (replay, the tensor it writes). It has run once before, as graphs want it."""
-    aside: Any = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        compute()
-    torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = compute()
-    return graph.replay, out
+def cuda_graphs() -> Capture:
+    """What records a step as a CUDA graph. All graphs of a call share one memory pool, so the largest is what they take."""
+    pool, aside = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+    newest: list[Any] = []  # a pool ends with the last of its graphs: one outlives the recordings of an old capacity
+
+    def capture(compute: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            compute()  # graphs want it to have run once before
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # other threads may use the device
+            out = compute()
+        newest[:] = [graph]
+        return graph.replay, out
+
+    return capture

@@ -91,6 +91,23 @@ def test_keys_and_values_of_a_short_rollout_by_hand():
     assert plan.kv_bytes(PAPER, plan.config_of("Qwen/Qwen3-8B"), EIGHT) == 4_966_055_936
 
 
+def test_a_group_with_one_answer_left_keeps_its_prompt():
+    """64 prompts a rank, 8 answers each, 256 rows: all 64 prompts may be there at once, not only 32. 4096 bytes a token,
+    37 x 4096 x (64 x 64 + 256 x 64) = 3,103,784,960; 8 evaluated prompts need less."""
+    many = replace(PAPER, batch_prompts=512, eval_limit=8)
+    assert plan.kv_bytes(many, plan.config_of("Qwen/Qwen3-8B"), EIGHT) == 3_103_784_960
+
+
+def test_recorded_steps_keep_their_memory():
+    """256 rows of 1,000 logits, (2 + 20) bytes each: 5,632,000; 12,400 tokens, 2 bytes, 3 x 128 + 6 x 64: 19,046,400. CUDA
+    graphs hold the first while the second is used; on a CPU (4 bytes: 38,092,800) nothing is recorded."""
+    config = LlamaConfig(hidden_size=64, intermediate_size=128, vocab_size=1000)
+    assert plan.sampling_bytes(PAPER, config, EIGHT) == 19_046_400
+    recorded = replace(PAPER, compile=True)
+    assert plan.sampling_bytes(recorded, config, EIGHT) == 5_632_000 + 19_046_400
+    assert plan.sampling_bytes(recorded, config, Place(1, 10**9, gpu=False, sharded=False)) == 38_092_800
+
+
 def saved_for_backward(policy, groups):
     """Bytes that autograd really keeps, each storage once."""
     weights = {p.untyped_storage()._cdata for p in policy.parameters()}

@@ -8,9 +8,12 @@ import weakref
 import pytest
 import torch
 from tiny import V, chain, tiny, tokenizer, with_attention
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import rollout
-from common.draws import uniform
+from common.draws import uniform, uniforms
 from common.errors import UserError
 from engine import cache
 from engine.cache import DecodeLayout, GroupCache
@@ -35,6 +38,23 @@ def assert_same(ours, theirs):
         assert [(c.ids, c.finished) for c in group] == [(c.ids, c.finished) for c in expected]
         for c, e in zip(group, expected, strict=True):
             assert c.logprobs == pytest.approx(e.logprobs, rel=0, abs=1e-12)
+
+
+def again(compute):
+    """What a CUDA graph does, on a CPU: fixed places are read, one place is written, nothing is returned."""
+    out = compute().clone()
+
+    def replay():
+        out.copy_(compute())
+
+    return replay, out
+
+
+def in_blocks(logits, temperature, numbers):
+    """`draw_in_blocks` with the arguments and the answer of `minimal.draw`."""
+    drawn_R3 = draw_in_blocks(logits, temperature, torch.tensor(numbers, dtype=torch.float64))
+    assert drawn_R3[:, 2].all()
+    return drawn_R3[:, 0].long().tolist(), drawn_R3[:, 1].tolist()
 
 
 class Spy:
@@ -142,10 +162,13 @@ def test_any_lengths_rows_and_budget_give_the_naive_answers():
         limit=st.integers(1, 9),
         rows=st.sampled_from([64, 6, 1]),
         step=st.sampled_from([1, 3, 64]),
+        ahead=st.sampled_from([1, 4, 64]),
+        record=st.sampled_from([None, again]),
         slack=st.integers(0, 20) | st.none(),
     )
-    @hypothesis.example(prompts=[[1, 2, 3]] * 4, n=3, limit=9, rows=64, step=1, slack=12)  # drops for certain
-    def check(prompts, n, limit, rows, step, slack):
+    @hypothesis.example(prompts=[[1, 2, 3]] * 4, n=3, limit=9, rows=64, step=1, ahead=4, record=None, slack=12)
+    @hypothesis.example(prompts=[[1, 2, 3]] * 4, n=3, limit=9, rows=64, step=1, ahead=4, record=again, slack=12)
+    def check(prompts, n, limit, rows, step, ahead, record, slack):
         settings = {**SETTINGS, "n": n, "max_new_tokens": limit, "eos_ids": {5, 6, 7}, "keys": KEYS[: len(prompts)]}
         longest, answers = (-(-tokens // step) * step for tokens in (max(map(len, prompts)), limit))
         budget = None if slack is None else TOKEN * (longest + n * answers + slack)
@@ -153,8 +176,9 @@ def test_any_lengths_rows_and_budget_give_the_naive_answers():
             patch.setattr(rollout, "MAX_ROWS", rows)
             patch.setattr(cache, "BUCKET", step)
             patch.setattr(rollout, "PREFILL_TOKENS", 7)
+            patch.setattr(rollout, "AHEAD", ahead)
             spy = Spy(patch)
-            ours = generate(policy, prompts, kv_budget=budget, **settings)
+            ours = generate(policy, prompts, kv_budget=budget, record=record, **settings)
         assert_same(ours, generate_naive(policy, prompts, **settings))
         assert max(spy.rows, default=0) <= max(rows, n)
         assert budget is None or spy.peak <= budget
@@ -275,6 +299,73 @@ def test_a_budget_too_small_for_one_group_is_a_users_mistake(monkeypatch, spy):
     assert 0 < spy.peak <= 11_520
 
 
+# What the host waits for
+
+
+class Traffic(TorchFunctionMode):
+    """Counts what would make the host wait for a GPU, and what the host sends there."""
+
+    def __init__(self):
+        super().__init__()
+        self.reads = self.sent = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        self.reads += name in ("tolist", "cpu", "numpy")
+        self.sent += name in ("tensor", "as_tensor", "from_numpy", "new_tensor")
+        return func(*args, **(kwargs or {}))
+
+
+class Values(TorchDispatchMode):
+    """Counts operators that wait because their result or its shape hangs on a value: `item`, `bool`, `nonzero`, masks."""
+
+    def __init__(self):
+        super().__init__()
+        self.reads = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        chosen = args[1] if name in ("index", "index_put", "index_put_") else ()
+        self.reads += name in ("_local_scalar_dense", "nonzero", "masked_select", "_unique2")
+        self.reads += any(isinstance(x, Tensor) and x.dtype == torch.bool for x in chosen)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("record", [None, again])
+@pytest.mark.parametrize("temperature", [1.0, 0.0])
+def test_a_step_waits_once_and_sends_nothing(temperature, record, monkeypatch):
+    """Two groups of two answers of 24 tokens, none of which ends early. 24 times tokens come back: once of the prompts and
+    23 times of steps. What goes to the device is as much with 24 tokens as with 8: it goes before the first step."""
+    policy, found = Policy(tiny()), {}
+    for limit in (24, 8):
+        with Traffic() as traffic, Values() as values:
+            settings = {"n": 2, "temperature": temperature, "eos_ids": (), "keys": KEYS[:2], "record": record}
+            generate(policy, PROMPTS[:2], max_new_tokens=limit, **settings)
+        found[limit] = (traffic.reads + values.reads, traffic.sent)
+    assert found[24][0] == 24
+    assert found[8] == (8, found[24][1])
+
+
+def test_rows_that_come_and_go_cost_no_further_wait(monkeypatch, spy):
+    """Seven prompts of three answers of up to 14 tokens, at most 4 rows: one wait a forward, of prompts or of a step."""
+    monkeypatch.setattr(rollout, "MAX_ROWS", 4)
+    with Traffic() as traffic, Values() as values:
+        generate(Policy(tiny()), PROMPTS, keys=KEYS, **SETTINGS)
+    assert spy.late > 0
+    assert traffic.reads + values.reads == len(spy.streams)
+
+
+@pytest.mark.parametrize("record", [None, again])
+def test_random_numbers_are_renewed_in_time(record, monkeypatch):
+    """Four at a time, of answers that begin at different steps: the 5th, the 9th and the 13th token take new ones."""
+    monkeypatch.setattr(rollout, "AHEAD", 4)
+    monkeypatch.setattr(rollout, "MAX_ROWS", 4)
+    policy = Policy(tiny())
+    ours = generate(policy, PROMPTS, keys=KEYS, record=record, **SETTINGS)
+    assert_same(ours, generate_naive(policy, PROMPTS, keys=KEYS, **SETTINGS))
+    assert max(len(c.ids) for group in ours for c in group) == 14
+
+
 # Ends of answers
 
 
@@ -327,6 +418,7 @@ def test_uniform_is_pinned():
     assert uniform((0, 1, "a"), 0, 0) == 0.33421874046325684
     assert uniform((0, 0, "b"), 0, 0) == 0.6886741518974304
     assert uniform((7, 3, "meld/train/703/6"), 2, 15) == 0.4327813386917114
+    assert uniforms((0, 0, "a"), 0, range(2)) == [0.327908456325531, 0.07109016180038452]
 
 
 def test_uniform_is_uniform_and_exact_in_float32():
@@ -381,12 +473,19 @@ def test_a_token_of_probability_0_is_never_drawn(dtype):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.0])
 def test_nan_logits_stop_the_rollout(temperature):
-    """A diverged model must not be sampled from: in one row of two, -inf beside it is no error."""
+    """A diverged model must not be sampled from: in one row of two, -inf beside it is no error. The sampler in blocks says
+    it in its third column, and its tokens are still some of the three, its blocks the one: a GPU would stop at others."""
     logits = torch.tensor([[0.0, float("-inf"), 1.0], [0.0, float("nan"), 1.0]])
     assert draw(logits[:1], temperature, [0.9])[0] == [2]
-    for sampler in (draw, draw_in_blocks):
-        with pytest.raises(FloatingPointError):
-            sampler(logits, temperature, [0.5, 0.5])
+    with pytest.raises(FloatingPointError):
+        draw(logits, temperature, [0.5, 0.5])
+    drawn = draw_in_blocks(logits, temperature, torch.tensor([0.9, 0.5]))
+    assert drawn[:, 2].tolist() == [1, 0]
+    wrong = torch.tensor([[float("nan")] * 3, [float("-inf")] * 3, [float("inf"), 0.0, 0.0]])
+    for found in (drawn, draw_in_blocks(wrong, temperature, torch.tensor([0.0, 0.5, 0.99]))):
+        assert set(found[:, 0].tolist()) <= {0, 1, 2}
+    assert found[:, 2].tolist() == [0, 0, 0]
+    assert rollout.locate(wrong[:1], wrong[:1, :1]).item() in range(3)
     lm = tiny()
     with torch.no_grad():
         lm.model.norm.weight[0] = float("nan")
@@ -418,7 +517,7 @@ def test_the_sampler_in_blocks_equals_the_clear_one(size, temperature):
     numbers = [uniform((0, 0, "b"), row, size) for row in range(398)] + [0.0, 1 - 2**-24]
     kept = logits.clone()
     tokens, logprobs = draw(logits, temperature, numbers)
-    found, theirs = draw_in_blocks(logits, temperature, numbers)
+    found, theirs = in_blocks(logits, temperature, numbers)
     assert found == tokens
     assert theirs == pytest.approx(logprobs, rel=0, abs=1e-12)
     assert torch.equal(logits, kept)
@@ -430,9 +529,9 @@ def test_the_sampler_in_blocks_never_draws_a_token_of_probability_0(dtype):
     logits = torch.full((1, 500), float("-inf"), dtype=dtype)
     logits[0, [200, 390]] = 0.0
     numbers = [0.0, 0.25, 0.4999, 0.5001, 0.75, 1 - 2**-24, 1 - 1e-12]
-    assert draw_in_blocks(logits.repeat(7, 1), 1.0, numbers)[0] == [200, 200, 200, 390, 390, 390, 390]
+    assert in_blocks(logits.repeat(7, 1), 1.0, numbers)[0] == [200, 200, 200, 390, 390, 390, 390]
     logits[0, 450] = -30.0
-    assert set(draw_in_blocks(logits.repeat(7, 1), 1.0, numbers)[0]) <= {200, 390, 450}
+    assert set(in_blocks(logits.repeat(7, 1), 1.0, numbers)[0]) <= {200, 390, 450}
 
 
 def test_frequencies():

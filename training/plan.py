@@ -20,7 +20,7 @@ from common.errors import UserError
 from common.hub import openable, read_config, user_errors
 from engine import fsdp, processes
 from engine.batches import longest_micro_batch, tokens_of
-from engine.cache import bucket, cache_bytes
+from engine.cache import cache_bytes, largest
 from engine.cascade import TORCH, kernels_fit, layout_for
 from engine.processes import device_memory
 from model import ATTENTION, HEAD_BYTES, Group, Policy, check_architecture
@@ -136,7 +136,7 @@ def estimate(cfg: Config, config: PretrainedConfig, place: Place) -> Plan:
         held["reference"] = c * n.all // R
     if place.sharded:
         held["rollout copy"] = c * n.all
-    sampling = {"keys and values": kv_bytes(cfg, config, place), "logits and prefill": sampling_bytes(config, c)}
+    sampling = {"keys and values": kv_bytes(cfg, config, place), "logits and prefill": sampling_bytes(cfg, config, place)}
     learning = {"gradients": 4 * n.all // R, "activations": activation_bytes(cfg, config, place)}
     learning["head chunks"] = head_bytes(c)
     if place.sharded:
@@ -148,18 +148,21 @@ def estimate(cfg: Config, config: PretrainedConfig, place: Place) -> Plan:
 
 def kv_bytes(cfg: Config, config: Any, place: Place) -> int:
     """Keys and values at most: the budget, or less where all rows at their longest need less."""
-    groups = min(-(-cfg.batch_prompts // place.ranks), max(1, MAX_ROWS // cfg.n))
-    alone = min(MAX_ROWS, cfg.eval_limit or MAX_ROWS)  # evaluations: one answer a prompt
-    S, T = bucket(cfg.max_prompt_tokens), bucket(cfg.max_new_tokens)
-    need = max(cache_bytes(config, place.c, size) for size in ((groups, S, groups * cfg.n, T), (alone, S, alone, T)))
-    return min(need, cfg.kv_budget or place.memory // 2)
+    prompts = -(-cfg.batch_prompts // place.ranks)
+    evaluated = cfg.eval_limit or MAX_ROWS  # one answer a prompt
+    S, T = cfg.max_prompt_tokens, cfg.max_new_tokens
+    sizes = [largest(many, n, MAX_ROWS, S, T) for many, n in ((prompts, cfg.n), (evaluated, 1))]
+    return min(max(cache_bytes(config, place.c, size) for size in sizes), cfg.kv_budget or place.memory // 2)
 
 
-def sampling_bytes(config: Any, c: int) -> int:
-    """What a decode step makes of its logits (five float32 copies beside them), or a prefill of its longest layer."""
-    logits = MAX_ROWS * config.vocab_size * (c + 5 * 4)
-    prefill = PREFILL_TOKENS * c * (3 * config.intermediate_size + 6 * config.hidden_size)
-    return int(max(logits, prefill))
+def sampling_bytes(cfg: Config, config: Any, place: Place) -> int:
+    """What a decode step makes of its logits (five float32 copies beside them), or a prefill of its longest layer.
+
+    Recorded steps keep theirs for themselves, so it counts beside the prefill's.
+    """
+    logits = MAX_ROWS * config.vocab_size * (place.c + 5 * 4)
+    prefill = PREFILL_TOKENS * place.c * (3 * config.intermediate_size + 6 * config.hidden_size)
+    return int(logits + prefill if cfg.compile and place.gpu else max(logits, prefill))
 
 
 def head_bytes(c: int) -> int:

@@ -21,7 +21,7 @@ from corpora.dialogue import SPLITS, Weights
 from corpora.loading import label_set, load, read_gold, read_personas, with_votes
 from corpora.sharing import overlap
 from data import Completion, Sample
-from engine.fast import cuda_graph
+from engine.fast import cuda_graphs
 from engine.processes import announce, device_memory, exchange, gathered, give_back_memory, rank, share
 from grpo import lam
 from model import Policy
@@ -131,7 +131,7 @@ def answer(
             temperature=temperature, eos_ids=task.eos, keys=[keys[i] for i in mine],
             kv_budget=task.cfg.kv_budget or device_memory(policy.device) // 2,
             progress=sys.stderr.isatty() and rank() == 0,
-            record=cuda_graph if task.cfg.compile and policy.device.type == "cuda" else None,
+            record=cuda_graphs() if task.cfg.compile and policy.device.type == "cuda" else None,
         )
         trouble = ""
     except FloatingPointError as error:

@@ -11,7 +11,7 @@ prompt tokens, T answer tokens, Z = S + T, H query heads, K key/value heads, D h
 import copy
 import itertools
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,16 +20,16 @@ from typing import Any, Literal, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from common.errors import UserError
+from common.head import Head
 from common.hub import check_model, read_config, user_errors
 from common.shrunk import FAR, NEAR, Known, positions, random_model, shrunk
 
 ATTENTION = "selfemo"  # the name under which transformers finds our attention
 ONE_THREAD_BELOW = 10_000_000  # parameters
-HEAD_BYTES = 2**26  # logits that exist at once; a larger head is cut into chunks that backward computes again
+HEAD_BYTES = 2**26  # float32 logits that exist at once
 
 
 class Layout(Protocol):
@@ -271,15 +271,10 @@ class Policy(nn.Module):
     def head(self, hidden_MD: Tensor, target_M: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies from hidden states, never with more than HEAD_BYTES of logits at once."""
         output = self.lm.get_output_embeddings()
-        rows = max(1, HEAD_BYTES // (4 * output.weight.shape[0]))
-        if len(target_M) <= rows or not torch.is_grad_enabled():
-            parts = [score_tokens(output, h, t, temperature) for h, t in chunks(hidden_MD, target_M, rows)]
-        else:
-            parts = [
-                checkpoint(score_tokens, output, h, t, temperature, use_reentrant=False)
-                for h, t in chunks(hidden_MD, target_M, rows)
-            ]
-        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+        bias_V = getattr(output, "bias", None)
+        apply: Any = Head.apply
+        logp_M, entropy_M = apply(hidden_MD, output.weight, bias_V, target_M, temperature, HEAD_BYTES)
+        return logp_M, entropy_M
 
     def sampler(self) -> "Policy":
         """The policy that `rollout.generate` samples from: this one; see engine.fsdp.ShardedPolicy for shards."""
@@ -303,23 +298,6 @@ def check_length(policy: Policy, groups: Sequence[Group]) -> None:
     tokens = max((len(g.prompt_ids) + max(map(len, g.answers), default=0) for g in groups), default=0)
     if policy.longest is not None and tokens > policy.longest:
         raise UserError(f"a text of {tokens} tokens: this model is right up to {policy.longest} (see `check_architecture`)")
-
-
-def chunks(hidden_MD: Tensor, target_M: Tensor, rows: int) -> Iterable[tuple[Tensor, Tensor]]:
-    """Pairs of at most `rows` hidden states and their target tokens."""
-    return zip(hidden_MD.split(rows), target_M.split(rows), strict=True)
-
-
-def score_tokens(output: nn.Module, hidden_MD: Tensor, target_M: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-prob of each target and entropy of each distribution, in float32 at least."""
-    logits_MV = output(hidden_MD)
-    logits_MV = logits_MV.to(torch.promote_types(logits_MV.dtype, torch.float32))
-    logp_MV = (logits_MV / temperature if temperature != 1 else logits_MV).log_softmax(-1)
-    logp_M = logp_MV.gather(-1, target_M[:, None])[:, 0]
-    with torch.no_grad():
-        finite_MV = logp_MV.clamp(min=torch.finfo(logp_MV.dtype).min)  # a token that cannot be said adds 0, not NaN
-        entropy_M = -torch.linalg.vecdot(logp_MV.exp(), finite_MV)
-    return logp_M, entropy_M
 
 
 # What can be opened: models that say with our attention what they say with transformers' own

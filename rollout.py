@@ -30,7 +30,7 @@ from common.draws import Key, uniforms
 from common.errors import UserError
 from data import Completion
 from engine.cache import DecodeLayout, DecodeRows, GroupCache, PrefillLayout, Size, bucket, doubled, largest
-from engine.fast import Capture, Recorder, Step, packed_weights
+from engine.fast import Capture, Recorder, Step, float32_logits, packed_weights
 from model import ATTENTION, Group, Policy, check_length, pad
 
 AHEAD = 64  # random numbers of a row that lie on the device
@@ -52,7 +52,7 @@ def draw_in_blocks(logits_RV: Tensor, temperature: float, uniform_R: Tensor) -> 
     if rest := -weight_RV.shape[1] % BLOCK:
         weight_RV = F.pad(weight_RV, (0, rest))
     weight_RXC = weight_RV.unflatten(1, (-1, BLOCK))
-    cdf_RX = weight_RXC.sum(-1).cumsum(-1)
+    cdf_RX = rising_sums(weight_RXC.sum(-1))
     if temperature == 0:
         token_R1 = logits_RV.argmax(-1, keepdim=True)
     else:
@@ -60,11 +60,19 @@ def draw_in_blocks(logits_RV: Tensor, temperature: float, uniform_R: Tensor) -> 
         block_R1 = locate(cdf_RX, aim_R1)
         before_R1 = F.pad(cdf_RX, (1, 0)).gather(1, block_R1)
         inside_RC = weight_RXC.take_along_dim(block_R1[..., None], 1)[:, 0]
-        token_R1 = block_R1 * BLOCK + locate(inside_RC.cumsum(-1), aim_R1 - before_R1)
+        token_R1 = block_R1 * BLOCK + locate(rising_sums(inside_RC), aim_R1 - before_R1)
         token_R1 = token_R1.clamp(max=logits_RV.shape[1] - 1)  # beyond it lies only what NaN finds
     score_R1 = (logits_RV.gather(1, token_R1) - peak_R1) / (temperature or 1.0)
     logp_R1 = score_R1 - cdf_RX[:, -1:].log()
     return torch.cat([x_R1.double() for x_R1 in (token_R1, logp_R1, peak_R1.isfinite())], dim=1)
+
+
+def rising_sums(weight_RX: Tensor) -> Tensor:
+    """Sums from the left that rise at entries with a weight and nowhere else.
+
+    The scan of a GPU adds in no fixed order: its sums may fall, or rise by a last bit where there is no weight.
+    """
+    return torch.where(weight_RX > 0, weight_RX.cumsum(-1), 0).cummax(-1).values
 
 
 def locate(cdf_RX: Tensor, aim_R1: Tensor) -> Tensor:
@@ -105,7 +113,7 @@ def generate(
         check_length(model, [Group(prompt, [range(max_new_tokens)]) for prompt in prompts])
     lm = model.lm if isinstance(model, Policy) else model
     bar = tqdm(total=n * len(prompts), disable=not progress, unit="answer")
-    with torch.no_grad(), group_attention(lm), packed_weights(lm), bar:
+    with torch.no_grad(), group_attention(lm), float32_logits(lm), packed_weights(lm), bar:
         engine = Engine(lm, n, max_new_tokens, temperature, frozenset(eos_ids), kv_budget, record)
         return engine.run([Job(i, tuple(p), k) for i, (p, k) in enumerate(zip(prompts, keys, strict=True))], bar)
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from common.head import product
 from model import rectangle, shape
 
 Size = tuple[int, int, int, int]  # capacity of a cache: groups, S, rows, T
@@ -146,10 +147,11 @@ class DecodeLayout:
         at = (torch.arange(R, device=q_NHD.device), slice(None), self.length_R)
         keys_RKTD[at], values_RKTD[at] = k_NKD, v_NKD
         keys_PKSD, values_PKSD = (x[:P] for x in self.cache.prompt[layer])
-        q_RKQD = (q_NHD * scaling).unflatten(1, (k_NKD.shape[1], -1))
-        prompt_RKQS = self.by_row(self.by_group(q_RKQD) @ keys_PKSD.transpose(-1, -2))
-        own_RKQT = q_RKQD @ keys_RKTD.transpose(-1, -2)
-        weights_RKQZ = torch.cat([prompt_RKQS, own_RKQT], dim=-1).add_(self.hide_R11Z).softmax(-1)
+        q_RKQD = q_NHD.unflatten(1, (k_NKD.shape[1], -1))
+        prompt_RKQS = self.by_row(product(self.by_group(q_RKQD), keys_PKSD.transpose(-1, -2)))
+        own_RKQT = product(q_RKQD, keys_RKTD.transpose(-1, -2))
+        scores_RKQZ = torch.add(self.hide_R11Z, torch.cat([prompt_RKQS, own_RKQT], dim=-1), alpha=scaling)  # in float32
+        weights_RKQZ = scores_RKQZ.softmax(-1).to(values_RKTD.dtype)
         S = keys_PKSD.shape[2]
         prompt_RKQD = self.by_row(self.by_group(weights_RKQZ[..., :S]) @ values_PKSD)
         return (prompt_RKQD + weights_RKQZ[..., S:] @ values_RKTD).flatten(1, 2)

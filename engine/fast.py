@@ -18,7 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from common.head import scaled_logits
 from engine.cache import DecodeRows, GroupCache
 
 PACKED = 100_000  # elements of the smallest weight that is packed
@@ -43,13 +45,38 @@ def packed_weights(lm: nn.Module) -> Iterator[None]:
             del layer.forward
 
 
+@contextmanager
+def float32_logits(lm: PreTrainedModel) -> Iterator[None]:
+    """Let logits leave the head of a bf16 model in float32 for the length of a call, as in training.
+
+    On a CPU that takes a float32 copy of the head, packed if it is large.
+    """
+    head: Any = lm.get_output_embeddings()
+    wide = torch.promote_types(head.weight.dtype, torch.float32)
+    if head.weight.dtype == wide or "forward" in vars(head):
+        yield
+        return
+    weight = head.weight if head.weight.is_cuda else head.weight.to(wide)
+    bias = None if head.bias is None else head.bias.to(wide)
+    packed = partial(packed_linear, pack(weight), bias) if can_pack(weight) else None
+    head.forward = packed or partial(scaled_logits, weight_VD=weight, bias_V=bias)
+    try:
+        yield
+    finally:
+        del head.forward
+
+
 def can_pack(weight: Tensor) -> bool:
     """Whether packing is worth it here: oneDNN has products for the type, and the weight is large."""
     there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     if not there or weight.device.type != "cpu" or weight.numel() < PACKED:
         return False
-    bf16 = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return bool(bf16) or weight.dtype == torch.float32
+    return weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and multiplies_bf16())
+
+
+def multiplies_bf16() -> bool:
+    """Whether oneDNN has products in bf16 on this processor."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def pack(weight: Tensor) -> Tensor:
@@ -60,7 +87,7 @@ def pack(weight: Tensor) -> Tensor:
 
 def packed_linear(packed: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
     """`F.linear` with a packed weight."""
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x.to(packed.dtype), packed, bias, "none", [], "")
     return out
 
 

@@ -23,7 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from common.hub import read_config
 from engine.cascade import kernels_for, layout_for
-from engine.processes import device, exchange, rank, ranks_here, size, wait
+from engine.processes import computing, device, exchange, rank, ranks_here, size, wait
 from model import ATTENTION, Policy, attention
 
 
@@ -162,18 +162,17 @@ def sharded_over() -> tuple[int, int, bool]:
 # Opening
 
 
-def open_policy(path: str | Path, *, activation_checkpointing: bool = False) -> Policy:
-    """The start model in float32 (bf16 compute on a GPU). Raises `UserError` as `Policy.load` does.
+def open_policy(path: str | Path, *, dtype: str = "auto", activation_checkpointing: bool = False) -> Policy:
+    """The start model in float32, computed in `dtype` (see `processes.computing`). Raises `UserError` as `Policy.load` does.
 
-    One process on a CPU holds it whole. Otherwise rank 0 reads it, as it is stored, and every rank keeps its rows.
+    One process in float32 on a CPU holds it whole. Else rank 0 reads it, as it is stored, and every rank keeps its rows.
     """
     if not dist.is_initialized():
         policy = Policy.load(path)
     else:
         source = Policy.load(path, "auto") if rank() == 0 else None
         wait()  # a model from the hub is downloaded once
-        compute = torch.bfloat16 if device().type == "cuda" else torch.float32
-        policy = sharded(read_config(path), compute=compute, where=device())
+        policy = sharded(read_config(path), compute=computing(dtype), where=device())
         fill(policy, source)
         if source:
             policy.lm.generation_config = source.lm.generation_config  # for the export: all stop tokens are in it

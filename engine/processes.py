@@ -56,14 +56,20 @@ def device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
 
 
-@contextmanager
-def processes() -> Iterator[None]:
-    """Meet the other processes that torchrun started, and part at the end. One process on a CPU meets nobody.
+def computing(dtype: str) -> torch.dtype:
+    """The type that --dtype names; `auto` is bf16 on a GPU and float32 on a CPU."""
+    chosen: torch.dtype = getattr(torch, {"cuda": "bfloat16", "cpu": "float32"}[device().type] if dtype == "auto" else dtype)
+    return chosen
 
-    One process on a GPU is a run of one rank, so that it computes in bf16 on the same path as many do. Raises `PeerLost`
-    where another rank is gone.
+
+@contextmanager
+def processes(dtype: str = "auto") -> Iterator[None]:
+    """Meet the other processes that torchrun started, and part at the end. One process on a CPU meets nobody in float32.
+
+    One process that computes in bf16 is a run of one rank, on the same path as many are; so is one on a GPU. Raises
+    `PeerLost` where another rank is gone.
     """
-    if "RANK" not in os.environ and not torch.cuda.is_available():
+    if "RANK" not in os.environ and not torch.cuda.is_available() and computing(dtype) == torch.float32:
         yield
         return
     if torch.cuda.is_available():

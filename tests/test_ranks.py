@@ -140,8 +140,6 @@ def whole_run(argv, dtype, log):
         stack.enter_context(contextlib.redirect_stderr(file))
         stack.enter_context(mock.patch("torch.cuda.is_available", return_value=False))
         stack.enter_context(mock.patch("model.HEAD_BYTES", 4 * 60 * 8))  # chunks of the head of some eight tokens
-        if dtype == "bfloat16":
-            stack.enter_context(mock.patch("training.launch.open_policy", in_bf16))
         if dtype == "float64":
             stack.enter_context(mock.patch("training.launch.open_policy", in_float64))
             build = fsdp.on_meta
@@ -149,7 +147,7 @@ def whole_run(argv, dtype, log):
         return selfemo.main(argv)
 
 
-def in_float64(path, *, activation_checkpointing=False):
+def in_float64(path, *, dtype="auto", activation_checkpointing=False):
     """`engine.fsdp.open_policy` in float64, norms included: transformers' own are float32 inside, good for 1e-7 only."""
     if not torch.distributed.is_initialized():
         policy = Policy.load(path, torch.float64)
@@ -161,15 +159,6 @@ def in_float64(path, *, activation_checkpointing=False):
         fsdp.fill(policy, source)
     if activation_checkpointing:
         fsdp.checkpoint_blocks(policy)
-    return policy
-
-
-def in_bf16(path, *, activation_checkpointing=False):
-    """`engine.fsdp.open_policy` as on a GPU: weights in float32, bf16 compute."""
-    source = Policy.load(path, "auto") if processes.rank() == 0 else None
-    config = AutoConfig.from_pretrained(str(path))
-    policy = fsdp.sharded(config, compute=torch.bfloat16, where=torch.device("cpu"))
-    fsdp.fill(policy, source)
     return policy
 
 
@@ -295,17 +284,22 @@ def test_several_blocks_and_a_head_of_its_own(place, tmp_path):
     assert apart(two, one) < 1e-9
 
 
-def test_bf16_compute_keeps_float32_weights_and_moments(place, tmp_path):
-    """As on GPUs: log-probs of sampler and policy differ by bf16's rounding only, and the exported model is bf16."""
+@pytest.mark.parametrize("size", [0, 2])
+def test_bf16_compute_keeps_float32_weights_and_moments(place, tmp_path, size):
+    """As on GPUs, also in one process without a launcher: log-probs of sampler and policy differ by bf16's rounding, which
+    shows, the exported model is bf16, and the run says what it computed in."""
     out = tmp_path / "run"
-    more = (*ONE_ITERATION, "--save_every", 1)
-    assert run_on(2, place, out, *more, dtype="bfloat16") == [0, 0], said(out)
+    more = (*ONE_ITERATION, "--save_every", 1, "--dtype", "bfloat16")
+    assert run_on(size, place, out, *more, dtype="float32") == [0] * max(size, 1), said(out)
     first = next(m for m in lines(out / "metrics.jsonl") if m["phase"] == "rl")
-    assert first["rollout/logp_gap_mean"] < 0.1
+    assert 1e-4 < first["rollout/logp_gap_mean"] < 0.1
     assert first["ratio/mean/by_mini_batch"][0] == pytest.approx(1, abs=1e-6)
     (checkpoint,) = (out / "checkpoints").iterdir()
-    assert {x.dtype for x in load_file(checkpoint / "weights-00001-of-00002.safetensors").values()} == {torch.float32}
+    assert {x.dtype for x in load_file(min(checkpoint.glob("weights*.safetensors"))).values()} == {torch.float32}
     assert {x.dtype for x in load_file(out / "model/model.safetensors").values()} == {torch.bfloat16}
+    assert ("no bf16 instructions" in said(out)) is not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    settings = json.loads((out / "config.json").read_text())
+    assert (settings["dtype"], settings["versions"]["dtype"]) == ("bfloat16", "bfloat16")
 
 
 def test_one_prompt_for_four_ranks_hangs_nobody(place, tmp_path):
@@ -353,7 +347,7 @@ def frozen_in_bf16(out):
     """In a worker of bf16 compute: the reference's log-probs against the policy's own, its type and its bytes."""
     with processes.processes():
         torch.manual_seed(0)
-        policy = in_bf16(out)
+        policy = fsdp.open_policy(out, dtype="bfloat16")
         for p in policy.parameters():  # numbers that bf16 has to round
             fsdp.local(p.data).add_(torch.rand_like(fsdp.local(p.data)) * 1e-2)
         groups = [Group([1, 2, 3], [[4, 5], [6]]), Group([7, 8], [[9, 10, 11]])]

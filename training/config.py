@@ -83,6 +83,9 @@ class Config:
     """Turns of IEMOCAP in the context: labelled ones as the benchmarks, or all."""
     kv_budget: int = 0
     """Bytes for keys and values in generation; 0 = half of the device's memory (Table 12: gpu_memory_utilization)."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What learns, scores and samples is computed in; weights, moments and log-probs stay float32. auto: bfloat16 on a GPU,
+    float32 on a CPU, where bfloat16 pays only with its instructions (AVX512-BF16, AMX)."""
     ref_offload: Switch = True  # Keep the reference in main memory between its layers' turns (Table 12: ref.param_offload).
     activation_checkpointing: Switch = True
     """Keep of every block only its input in a forward and compute the rest again in backward: less memory, more time."""

@@ -12,8 +12,9 @@ import transformers
 
 from common.errors import UserError, command, reason
 from common.hub import quiet_transformers, read_config
+from engine.fast import multiplies_bf16
 from engine.fsdp import compile_blocks, open_policy
-from engine.processes import PeerLost, announce, complain, exchange, processes, rank, relaunch, wait
+from engine.processes import PeerLost, announce, complain, computing, exchange, processes, rank, relaunch, wait
 from engine.shards import read_part, weights
 from experts.asking import open_experts
 from model import Policy, check_architecture, few_threads
@@ -44,7 +45,7 @@ def start(argv: Sequence[str], algorithm: Algorithm) -> int:
         if cfg.plan is not None:
             announce(plan(cfg))
             return 0
-        with processes():
+        with processes(cfg.dtype):
             finished = train(cfg, algorithm)
         if not finished:
             announce(f"saved; go on with: {again}")
@@ -90,11 +91,13 @@ def train(cfg: Config, algorithm: Algorithm) -> bool:
     check_architecture(read_config(cfg.model), cfg.model, cfg.max_prompt_tokens + cfg.max_new_tokens)
     task = open_task(cfg)
     cfg = task.cfg
-    policy = open_policy(cfg.model, activation_checkpointing=cfg.activation_checkpointing)
+    policy = open_policy(cfg.model, dtype=cfg.dtype, activation_checkpointing=cfg.activation_checkpointing)
     few_threads(policy)
+    if policy.device.type == "cpu" and computing(cfg.dtype) == torch.bfloat16 and not multiplies_bf16():
+        announce("this processor has no bf16 instructions: --dtype float32 is some ten times faster on it")
     if cfg.compile:
         compile_blocks(policy)
-    settings = {**asdict(cfg), "S": task.S, "T": cfg.iterations * task.S, "versions": versions()}
+    settings = {**asdict(cfg), "S": task.S, "T": cfg.iterations * task.S, "versions": versions(cfg)}
     settings = json.loads(json.dumps({**settings, "prompt_sums": task.prompt_sums}))
     free, check = MAY_DIFFER | {"prompt_sums"}, partial(check_prompts, task)
     run = open_run(Path(cfg.out), settings, resume=cfg.resume, may_differ=free, check=check)
@@ -113,7 +116,8 @@ def train(cfg: Config, algorithm: Algorithm) -> bool:
     return True
 
 
-def versions() -> dict[str, str]:
-    """What the numbers of a run were made with."""
+def versions(cfg: Config) -> dict[str, str]:
+    """What the numbers of a run were made with; `dtype` is what --dtype auto came to."""
+    computed = str(computing(cfg.dtype)).removeprefix("torch.")
     names = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
-    return {**names, "threads": str(torch.get_num_threads())}
+    return {**names, "threads": str(torch.get_num_threads()), "dtype": computed}

@@ -45,6 +45,7 @@ class Place:
     gpu: bool
     sharded: bool
     nodes: int = 1
+    dtype: str = "auto"
 
     @property
     def R(self) -> int:
@@ -54,7 +55,7 @@ class Place:
     @property
     def c(self) -> int:
         """Bytes a number in the computing type."""
-        return 2 if self.gpu else 4
+        return {"auto": 2 if self.gpu else 4, "bfloat16": 2, "float32": 4}[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -90,24 +91,25 @@ class Plan:
 
 def plan(cfg: Config) -> str:
     """The text that `--plan` prints. Raises `UserError` for a model that cannot be opened."""
-    place, config = place_of(cfg.plan or ""), config_of(cfg.model)
+    place, config = place_of(cfg.plan or "", cfg.dtype), config_of(cfg.model)
     check_architecture(config, cfg.model, cfg.max_prompt_tokens + cfg.max_new_tokens)
     with user_errors(f"cannot open the model {cfg.model}"):
         made = estimate(cfg, config, place)
     return "\n".join([*table(cfg, made), *advice(cfg, config, made)])
 
 
-def place_of(text: str) -> Place:
+def place_of(text: str, dtype: str = "auto") -> Place:
     """`8x80`: eight GPUs of 80 GB; `2x8x80`: two such nodes; nothing: this machine. Raises `UserError` for other words."""
     if not text:
         here, many = processes.device(), processes.launched_size()
         nodes = many // processes.ranks_here()
-        return Place(many, device_memory(here), here.type == "cuda", many > 1 or here.type == "cuda", nodes)
+        gpu = here.type == "cuda"
+        return Place(many, device_memory(here), gpu, many > 1 or gpu or dtype == "bfloat16", nodes, dtype)
     match = re.fullmatch(r"(?:(\d+)x)?(\d+)x(\d+(?:\.\d+)?)(?:GB)?", text, re.IGNORECASE)
     if not match or match[1] == "0" or int(match[2]) < 1 or float(match[3]) <= 0:
         raise UserError(f"--plan {text}: give GPUs x GB, for example 8x80 or 2x8x80, or nothing for this machine")
     nodes = int(match[1] or 1)
-    return Place(nodes * int(match[2]), int(float(match[3]) * GB), gpu=True, sharded=True, nodes=nodes)
+    return Place(nodes * int(match[2]), int(float(match[3]) * GB), gpu=True, sharded=True, nodes=nodes, dtype=dtype)
 
 
 def config_of(model: str) -> PretrainedConfig:
@@ -130,15 +132,17 @@ def estimate(cfg: Config, config: PretrainedConfig, place: Place) -> Plan:
     """Bytes of every component for one rank."""
     n = sizes_of(config)
     R, c = place.R, place.c
+    head = 4 * n.rest if c == 2 and not place.gpu else 0  # a float32 copy (see `common.head.product`)
     offloaded = place.gpu and cfg.ref_offload
     held = {"weights (float32)": 4 * n.all // R, "AdamW's moments": 8 * n.all // R}
     if not offloaded:
         held["reference"] = c * n.all // R
     if place.sharded:
         held["rollout copy"] = c * n.all
-    sampling = {"keys and values": kv_bytes(cfg, config, place), "logits and prefill": sampling_bytes(cfg, config, place)}
+    logits = sampling_bytes(cfg, config, place) + head
+    sampling = {"keys and values": kv_bytes(cfg, config, place), "logits and prefill": logits}
     learning = {"gradients": 4 * n.all // R, "activations": activation_bytes(cfg, config, place)}
-    learning["head chunks"] = head_bytes(c)
+    learning["head chunks"] = 2 * HEAD_BYTES + head  # logits and their exponentials
     if place.sharded:
         # Gathered: the rest (embeddings, head) and two blocks; the largest of them also as a gradient and its float32 sum.
         learning["gathered weights"] = c * (n.rest + 2 * n.block) + (c + 4) * max(n.rest, n.block)
@@ -156,18 +160,13 @@ def kv_bytes(cfg: Config, config: Any, place: Place) -> int:
 
 
 def sampling_bytes(cfg: Config, config: Any, place: Place) -> int:
-    """What a decode step makes of its logits (five float32 copies beside them), or a prefill of its longest layer.
+    """What a decode step makes of its logits (six of their size, float32), or a prefill of its longest layer.
 
     Recorded steps keep theirs for themselves, so it counts beside the prefill's.
     """
-    logits = MAX_ROWS * config.vocab_size * (place.c + 5 * 4)
+    logits = MAX_ROWS * config.vocab_size * 6 * 4
     prefill = PREFILL_TOKENS * place.c * (3 * config.intermediate_size + 6 * config.hidden_size)
     return int(logits + prefill if cfg.compile and place.gpu else max(logits, prefill))
-
-
-def head_bytes(c: int) -> int:
-    """Logits of one chunk in the computing type and in float32, their gradients, and the softmax between."""
-    return HEAD_BYTES * (4 * 4 + c) // 4
 
 
 def activation_bytes(cfg: Config, config: PretrainedConfig, place: Place) -> int:
@@ -192,7 +191,7 @@ def kept_bytes(config: PretrainedConfig, layers: int, groups: Sequence[Group], p
         return x
 
     with FakeTensorMode():
-        dtype = torch.bfloat16 if place.gpu else torch.float32
+        dtype = torch.bfloat16 if place.c == 2 else torch.float32
         layout_of = layout_for(TORCH if place.gpu and kernels_fit(config, dtype) else None)
         policy = Policy(AutoModelForCausalLM.from_config(cut, attn_implementation=ATTENTION, dtype=dtype), layout_of)
         weights = {p.untyped_storage()._cdata for p in policy.parameters()}
@@ -219,7 +218,7 @@ def changes(cfg: Config, made: Plan) -> Iterator[tuple[Config, str]]:
 def table(cfg: Config, made: Plan) -> list[str]:
     """One line a component."""
     place = made.place
-    where = f"{place.ranks} x {place.memory / GB:.0f} GB, {'bf16' if place.gpu else 'float32'} compute"
+    where = f"{place.ranks} x {place.memory / GB:.0f} GB, {'bf16' if place.c == 2 else 'float32'} compute"
     shape = f"{cfg.max_prompt_tokens} + {cfg.max_new_tokens} tokens, micro-batch {cfg.micro_batch}"
     lines = [f"plan for {cfg.model} on {where}; {shape}", f"{'GB on each device':>40}"]
     for title, part in (("all the time", made.held), ("while sampling", made.sampling), ("while learning", made.learning)):

@@ -162,7 +162,8 @@ def named(path: Path) -> Iterator[None]:
 def lock(file: IO[bytes], in_use: str) -> None:
     """Keep an open file for this process alone, until it is closed. Raises `UserError(in_use)` where another one has it.
 
-    Where the file system knows no locks the work goes on without, and one line on stderr says so.
+    Who has it may remove it before closing it: whoever opened it meanwhile is refused too. Where the file system knows no
+    locks the work goes on without, and one line on stderr says so.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -170,6 +171,8 @@ def lock(file: IO[bytes], in_use: str) -> None:
         if isinstance(error, BlockingIOError) or error.errno == errno.EACCES:
             raise UserError(in_use) from None
         without_locks(Path(file.name).parent, reason(error))
+    if not os.fstat(file.fileno()).st_nlink:
+        raise UserError(in_use)
 
 
 @cache

@@ -217,7 +217,7 @@ class Local:
 
         What was trained again is another model.
         """
-        found = sorted(Path(self.folder).glob("*.safetensors"))
+        found = sorted(x for kind in ("safetensors", "bin") for x in Path(self.folder).glob(f"*.{kind}"))
         return " ".join([self.name, *(f"{x.name}:{x.stat().st_size}:{x.stat().st_mtime_ns}" for x in found)])
 
     @property

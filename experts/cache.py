@@ -37,11 +37,8 @@ def open_cache(path: Path) -> Iterator[Cache]:
     Raises `UserError` where another job has it open and where another line is broken.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    in_use = f"{path} is in use by another job: wait for it, or give another --cache"
     with path.open("a+b") as file:
-        lock(file, in_use)
-        if not os.fstat(file.fileno()).st_nlink:  # the job before has just removed it, empty
-            raise UserError(in_use)
+        lock(file, f"{path} is in use by another job: wait for it, or give another --cache")
         file.seek(0)
         lines = file.read().split(b"\n")
         if lines[-1]:

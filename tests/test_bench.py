@@ -157,7 +157,8 @@ def test_a_rollout_is_bound_by_operations_or_by_bytes():
 
 
 def test_shapes_and_operations_are_those_that_pytorch_counts(tmp_path):
-    """Products of a real forward and backward, counted as they run: layers and head, without attention's."""
+    """Products of a real forward and backward, counted as they run: layers and head, without attention's. Backward computes
+    the logits again, which is no work that has to be done: 2 x 97 x 32 for each of 6 answer tokens, 37,248."""
     lm = tiny("llama", tied=False)
     lm.save_pretrained(tmp_path)
     shapes = Shapes.of(str(tmp_path))
@@ -168,7 +169,7 @@ def test_shapes_and_operations_are_those_that_pytorch_counts(tmp_path):
     counted = sum(
         n for op, n in counter.get_flop_counts()["Global"].items() if op in (torch.ops.aten.mm, torch.ops.aten.addmm)
     )
-    assert counted == limits.update_flops(replace(shapes, queries=0), [5], 2, 3)
+    assert counted == limits.update_flops(replace(shapes, queries=0), [5], 2, 3) + 37_248
 
 
 def test_shares_are_least_seconds_to_median_ones():

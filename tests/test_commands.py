@@ -220,7 +220,7 @@ def test_a_cache_in_which_nothing_was_answered_is_not_left(tmp_path, monkeypatch
     with pytest.raises(ValueError), open_cache(tmp_path / "c"):
         raise ValueError
     assert not (tmp_path / "c").exists()
-    monkeypatch.setattr("experts.cache.lock", lambda file, in_use: (tmp_path / "c").unlink())
+    monkeypatch.setattr("common.files.fcntl.flock", lambda file, how: (tmp_path / "c").unlink())
     with pytest.raises(UserError, match="in use by another job"), open_cache(tmp_path / "c"):
         pass
 

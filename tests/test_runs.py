@@ -33,7 +33,7 @@ from engine import shards
 from engine.shards import load_moments, moments, read_part, save_parts, weights
 from model import Policy
 from training import coldstart, folder, task
-from training.folder import Learner, Position, Stopped, newest_checkpoint, open_run, save_checkpoint, stage_steps
+from training.folder import Learner, Position, Stopped, alone, newest_checkpoint, open_run, save_checkpoint, stage_steps
 from training.records import ScoredGroup, digest, group_record
 
 NOTHING = frozenset()
@@ -566,6 +566,26 @@ def test_without_resume_a_run_is_left_alone(place, finished):
     assert status == 2
     assert complained.startswith("error: ") and "--resume" in complained and complained.count("\n") == 1
     assert results(finished) == before
+
+
+def test_two_jobs_never_work_on_one_run(place, finished, copied):
+    """The second is refused in one line and changes nothing, wherever it stands; after the first it is let in."""
+    before = results(copied)
+    with alone(copied):
+        status, _, complained = place.run(copied, resume=True)
+    assert (status, complained) == (2, f"error: another job works on {copied}: wait for it, or give another --out\n")
+    assert results(copied) == before
+    assert place.run(copied, resume=True)[0] == 0
+    assert not (copied / "lock").exists()
+
+
+def test_what_a_killed_job_leaves_of_its_claim_stops_nobody(tmp_path):
+    (tmp_path / "lock").touch()
+    with alone(tmp_path), pytest.raises(UserError, match="another job works"), alone(tmp_path):
+        pass
+    with alone(tmp_path):
+        fresh(tmp_path)
+    assert not (tmp_path / "lock").exists() and (tmp_path / "config.json").exists()
 
 
 def test_other_settings_are_refused_and_named(place, finished):

@@ -137,15 +137,16 @@ def rollout_s(shapes: Shapes, prompts: Sequence[int], n: int, T: int, size: int,
 
 
 def best_s(work: Callable[[], object]) -> float:
-    """Seconds of the fastest call, as CPU seconds per thread: what these calls do with all threads at work.
+    """Seconds of the fastest call on an idle machine, or more: wall time, or CPU seconds of all threads where they are less.
 
-    On an idle machine that is wall time. On a busy one wall time holds what others took, which is no limit of the machine.
+    Other work stretches the first and not the second. CPU seconds divided by threads would be too few: small products keep
+    one thread busy, whatever the number.
     """
     found, end = list[float](), time.perf_counter() + SECONDS
     while not found or time.perf_counter() < end:
-        started = time.process_time()
+        started, used = time.perf_counter(), time.process_time()
         work()
-        found.append((time.process_time() - started) / torch.get_num_threads())
+        found.append(min(time.perf_counter() - started, time.process_time() - used))
     return min(found)
 
 

@@ -21,7 +21,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common import files
 from common.errors import UserError, tell
 from common.files import SUMS, Record, hash_of, jsonl, listed, read_json, read_lines, sha256, sync, unlike, write_atomically
 from engine.processes import any_rank, exchange, rank, wait
 from engine.shards import intact, load_moments, moments, read_part, save_parts, weights
 from model import Policy
 
+LOCK = "lock"  # a file that is there while a job works on the run
 ONCE = ("config.json", "cold_start.jsonl", "selfemo_test.jsonl")  # files that never change once they are there
 
 
@@ -95,7 +97,7 @@ class Run:
             return
         path, text = self.out / name, jsonl(records).encode()
         path.parent.mkdir(exist_ok=True)
-        with path.open("ab") as file:
+        with files.named(path), path.open("ab") as file:
             file.write(text)
         self.offsets[name] = path.stat().st_size
         self.hashes.setdefault(name, hashlib.sha256()).update(text)
@@ -159,6 +161,24 @@ class Run:
                 signal.signal(number, handler)
 
 
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Keep other jobs away from a run folder for the length of a call. Raises `UserError` where one is at work on it."""
+    with ExitStack() as stack:
+        refused = None
+        if rank() == 0 and (not out.exists() or (out.is_dir() and os.access(out, os.W_OK))):
+            out.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context((out / LOCK).open("ab"))
+            try:
+                files.lock(file, f"another job works on {out}: wait for it, or give another --out")
+                stack.callback((out / LOCK).unlink)
+            except UserError as error:
+                refused = str(error)
+        if refused := exchange(refused)[0]:
+            raise UserError(refused)
+        yield
+
+
 def open_run(
     out: Path, settings: Record, *, resume: bool, may_differ: frozenset[str],
     check: Callable[[Path, Record], None] = lambda out, known: None,
@@ -169,7 +189,8 @@ def open_run(
     `check` raises for the folder and the settings of a run that would go on. Until then nothing is changed.
     """
     config = out / "config.json"
-    found = exchange("run" if config.exists() else "else" if out.exists() and any(out.iterdir()) else "nothing")[0]
+    others = out.exists() and set(os.listdir(out)) - {LOCK}
+    found = exchange("run" if config.exists() else "else" if others else "nothing")[0]
     if found == "run" and not os.access(out, os.W_OK):
         raise UserError(f"{out} is read-only: make it writable, or copy it and give the copy as --out")
     if found == "else":

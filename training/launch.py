@@ -20,7 +20,7 @@ from experts.asking import open_experts
 from model import Policy, check_architecture, few_threads
 from toy import base
 from training.config import MAY_DIFFER, PRESETS, Config, parse
-from training.folder import Run, Stopped, newest_checkpoint, open_run
+from training.folder import Run, Stopped, alone, newest_checkpoint, open_run
 from training.plan import plan
 from training.records import check_prompts
 from training.task import NotFinite, Task, open_task
@@ -100,7 +100,13 @@ def train(cfg: Config, algorithm: Algorithm) -> bool:
     settings = {**asdict(cfg), "S": task.S, "T": cfg.iterations * task.S, "versions": versions(cfg)}
     settings = json.loads(json.dumps({**settings, "prompt_sums": task.prompt_sums}))
     free, check = MAY_DIFFER | {"prompt_sums"}, partial(check_prompts, task)
-    run = open_run(Path(cfg.out), settings, resume=cfg.resume, may_differ=free, check=check)
+    with alone(Path(cfg.out)):
+        run = open_run(Path(cfg.out), settings, resume=cfg.resume, may_differ=free, check=check)
+        return work(run, algorithm, task, policy)
+
+
+def work(run: Run, algorithm: Algorithm, task: Task, policy: Policy) -> bool:
+    """Go through the algorithm from where the run stands. False where a signal stopped it."""
     if run.loaded is not None:
         read_part(run.loaded, "weights", weights(policy))
         run.say(f"going on from {run.loaded}")

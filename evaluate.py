@@ -33,6 +33,7 @@ from analysis.table1 import averaged, rendered, spread, summary
 from common.errors import UserError, command
 from common.files import build_records, jsonl, write_atomically
 from common.flags import Switch
+from common.hub import enough_memory
 from data import Completion, Failure, Output, Sample, heaviest
 from engine.batches import my_micro_batches
 from engine.processes import gathered
@@ -374,7 +375,7 @@ def main() -> int:
     commands: dict[str, Callable[..., int]] = {
         "score": score_command, "judge": judge_command, "personas": personas_command, "audit": audit_command,
     }  # fmt: skip
-    return command(lambda: int(tyro.extras.subcommand_cli_from_dict(commands)), kept=KEPT)
+    return command(enough_memory()(lambda: int(tyro.extras.subcommand_cli_from_dict(commands))), kept=KEPT)
 
 
 if __name__ == "__main__":

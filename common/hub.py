@@ -95,6 +95,16 @@ def user_errors(what: str) -> Iterator[None]:
         raise UserError(f"{what}: {line}; {mend}") from error
 
 
+@contextmanager
+def enough_memory() -> Iterator[None]:
+    """Turn "out of memory" while a model answers into one `UserError`."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        mend = "ask for shorter answers (--max_new_tokens), or close what else uses the device"
+        raise UserError(f"out of memory: {first_line(error)}; {mend}") from None
+
+
 def first_line(error: Exception) -> str:
     """What an error says, in one line: its first, with the next where it ends in a colon. KeyErrors and the like say little
     by themselves: their type stands before.

@@ -12,6 +12,7 @@ import resource
 import shlex
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -75,6 +76,7 @@ def processes(dtype: str = "auto") -> Iterator[None]:
     if torch.cuda.is_available():
         grow_in_place()
         torch.cuda.set_device(device())
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # PyTorch's own calls are of yesterday
     alone: Any = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # type: ignore[attr-defined]
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     # Ranks wait a day while one asks an expert: those waits are barriers and exchanges of gloo, as "cpu" stands first among

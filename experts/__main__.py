@@ -19,6 +19,7 @@ from common.draws import first_shuffled
 from common.errors import UserError, command
 from common.files import Record, jsonl, write_atomically
 from common.flags import Pairs, roots
+from common.hub import enough_memory
 from corpora import loading
 from corpora.dialogue import SPLITS, Turn
 from data import Failure, Sample
@@ -147,7 +148,7 @@ def main() -> int:
     """Run a command: personas or gold; see `common.errors.command` for the exit status."""
     commands: dict[str, Callable[..., None]] = {"personas": personas, "gold": gold}
     run = partial(tyro.extras.subcommand_cli_from_dict, commands, prog="python -m experts", description=__doc__)
-    return command(run, kept=KEPT)
+    return command(enough_memory()(run), kept=KEPT)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,10 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 
+import evaluate
+import experts.__main__
 from common.errors import READER_GONE, UserError, command, reason, tell
 from common.files import lock, write_atomically
 from engine import batches
@@ -223,6 +226,19 @@ def test_a_cache_in_which_nothing_was_answered_is_not_left(tmp_path, monkeypatch
     monkeypatch.setattr("common.files.fcntl.flock", lambda file, how: (tmp_path / "c").unlink())
     with pytest.raises(UserError, match="in use by another job"), open_cache(tmp_path / "c"):
         pass
+
+
+@pytest.mark.parametrize(("program", "name"), [(evaluate, "score_command"), (experts.__main__, "gold")])
+def test_out_of_memory_while_a_model_answers_is_one_line(program, name, monkeypatch, capsys):
+    def work() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+
+    monkeypatch.setattr(program, name, work)
+    monkeypatch.setattr(sys, "argv", ["program", name.removesuffix("_command")])
+    assert program.main() == 2
+    complained = capsys.readouterr().err
+    assert complained.startswith("error: out of memory: CUDA out of memory. Tried to allocate 2 GiB; ask for shorter")
+    assert complained.count("\n") == 1
 
 
 def test_every_program_of_the_tree_ends_that_way():

@@ -2,8 +2,8 @@
 
 It reads RUN/config.json, RUN/rollouts/iteration-K.jsonl and RUN/buffer.jsonl, uses the functions of grpo.py and data.py
 that training used, and compares exactly. Where RUN/model holds a tokenizer, token ids are decoded too, and where the data is
-still there, prompts are rendered again. `show` works a group out line by line. The command is
-`python evaluate.py audit RUN [--show SAMPLE_ID]`.
+still there, prompts are rendered again, and gold is read again with the noise of --label_noise. `show` works a group out
+line by line. The command is `python evaluate.py audit RUN [--show SAMPLE_ID]`.
 """
 
 import math
@@ -150,7 +150,7 @@ def decoder(run: Path) -> Check | None:
 
 
 def renderer(run: Path, config: Record, kept: BufferFile) -> tuple[Check | None, str]:
-    """The check of prompts against what the run's own tokenizer writes again, or None and why that cannot be."""
+    """The check of prompts and gold against the data and the run's own tokenizer, or None and why that cannot be."""
     cfg, folder = of_run(config), run / "model"
     if not (folder / "tokenizer_config.json").exists():
         return None, f"no tokenizer in {folder}"
@@ -170,6 +170,8 @@ def renderer(run: Path, config: Record, kept: BufferFile) -> tuple[Check | None,
             yield f"sample_id: {record['sample_id']} is in no data of the run"
         elif said := parted(tokenizer, record["prompt_ids"], data.encode(tokenizer, sample, prompts, cfg.date)[0]):
             yield f"prompt_ids: {said}"
+        if sample is not None and not sample.depth:  # that of new samples follows from the answer that made them
+            yield from compare(record, {"gold": dict(sample.gold)})
 
     return check, ""
 

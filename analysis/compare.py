@@ -1,4 +1,4 @@
-"""Two systems on the same samples, or two sides of a pair: exact tests and bootstrap intervals."""
+"""Two systems on the same samples, or two sides of a pair: exact tests, bootstrap and t intervals."""
 
 import math
 from collections import Counter
@@ -43,6 +43,28 @@ def paired_interval(
     b, c, _ = mcnemar(correct_a, correct_b)
     n = len(correct_a)
     return (b - c) / n, *interval(b, c, n - b - c, seed=seed, draws=draws)
+
+
+def t_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean of a few independent values, such as differences by seed, and its 95 % t interval: (mean, low, high).
+
+    NaN for the ends of the interval of fewer than two values.
+    """
+    mean, n = math.fsum(values) / len(values), len(values)
+    if n < 2:
+        return mean, math.nan, math.nan
+    half = t_quantile(n - 1) * math.sqrt(math.fsum((x - mean) ** 2 for x in values) / (n - 1) / n)
+    return mean, mean - half, mean + half
+
+
+def t_quantile(freedom: int, share: float = 0.95, parts: int = 20_000) -> float:
+    """The x for which Student's t lies between -x and x with probability `share`.
+
+    With x = sqrt(freedom) tan(a) its density is cos(a)^(freedom - 1), which is summed up to the share of what there is.
+    """
+    angles = (np.arange(parts) + 0.5) * (math.pi / 2 / parts)
+    mass = np.cumsum(np.cos(angles) ** (freedom - 1))
+    return float(math.sqrt(freedom) * np.tan(np.interp(share * mass[-1], mass, angles + math.pi / 4 / parts)))
 
 
 def scored_rows(path: Path, build: Callable[[Record], Built]) -> list[Built]:

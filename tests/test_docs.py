@@ -17,7 +17,7 @@ from corpora.dialogue import SPLITS
 from training import config, metrics
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = ("data", "expert", "runs", "measuring", "curves", "by-hand", "speed", "smollm2", "architectures")
+NAMES = ("data", "expert", "runs", "measuring", "curves", "by-hand", "speed", "smollm2", "architectures", "evidence")
 PAGES = tuple(f"docs/{name}.md" for name in NAMES)
 DOCUMENTS = ("README.md", "PAPER.md", "CHANGELOG.md", *PAGES)
 LATER = "not built yet"

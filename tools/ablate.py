@@ -2,10 +2,11 @@
 
     python -m tools.ablate --preset toy --seeds 3 --out runs/ablate
     python -m tools.ablate --preset toy --seeds 3 --out runs/ablate --rows full no_self_emo -- --n 4
+    python -m tools.ablate noise --preset toy --seeds 5 --out runs/noise
 
 Flags after `--` go to every run. Each run is a folder DIR/<row>-<seed> with its log beside it. The same command goes on
 where it was stopped: finished runs stay as they are, broken ones continue from their checkpoint. The table is also
-written to DIR/ablate.json, which `tools.report` shows.
+written to DIR/ablate.json, which `tools.report` shows. `noise` is the study of tools/noise.py: wrong training labels.
 """
 
 import json
@@ -15,19 +16,21 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import tyro
 
 import data
+from analysis.consensus import consensus
 from analysis.table1 import averaged, markdown
 from common.errors import UserError, command
 from common.files import jsonl, lock, read_json, read_lines, write_atomically
 from common.flags import Pairs, pairs
 from common.template import day
+from tools import noise
 from toy import base
 from training import config
 from training.config import MAY_DIFFER, PRESETS, Config
@@ -51,6 +54,9 @@ class Row:
 class Ablate:
     """Train every row of Table 2 (D27), and more, with several seeds; print one table. Flags after -- go to every run."""
 
+    study: tyro.conf.Positional[Literal["table2", "noise"]] = "table2"
+    """table2, or noise: wrong training labels, with and without consensus and self-play; also writes DIR/noise.svg."""
+    _: KW_ONLY
     out: Path  # Folder of all runs, their logs and ablate.json.
     preset: Literal["paper", "toy", "small"] = "toy"  # Where the settings of all runs start from.
     seeds: int = 3  # Seeds 0, 1, ... of each row.
@@ -109,8 +115,9 @@ def chosen(rows: Sequence[Row], names: Sequence[str]) -> list[Row]:
 
 
 def one_hot_gold(cfg: Config) -> list[dict[str, Any]]:
-    """The training samples' heaviest gold label alone, as lines of a --gold file."""
-    train = [s for (_, split), own in read_samples(cfg, pairs("data", cfg.data)).items() if split == "train" for s in own]
+    """The training samples' heaviest gold label alone, as lines of a --gold file: the true one, noise is the run's."""
+    found = read_samples(replace(cfg, label_noise=0.0), pairs("data", cfg.data))
+    train = [s for (_, split), own in found.items() if split == "train" for s in own]
     return [{"id": sample.id, "weights": {data.heaviest(sample.gold): 1.0}} for sample in train]
 
 
@@ -205,11 +212,16 @@ def scores(job: Job) -> dict[str, float]:
     return {**found, "kept": len(read_lines(job.folder / "buffer.jsonl"))}
 
 
-def collected(jobs: Sequence[Job]) -> list[dict[str, Any]]:
+def with_consensus(job: Job) -> dict[str, float]:
+    """The same, and what the consensus did."""
+    return {**scores(job), **{f"consensus/{name}": value for name, value in consensus(job.folder).items()}}
+
+
+def collected(jobs: Sequence[Job], measure: Callable[[Job], dict[str, float]] = scores) -> list[dict[str, Any]]:
     """One record a row: title, flags, the seeds that are finished, and every number by seed, with mean and deviation."""
     records: list[dict[str, Any]] = []
     for row in dict.fromkeys(job.row for job in jobs):
-        runs = {job.seed: scores(job) for job in jobs if job.row == row and finished(job)}
+        runs = {job.seed: measure(job) for job in jobs if job.row == row and finished(job)}
         names = list(next(iter(runs.values()), {}))
         numbers = {name: spread([run[name] for run in runs.values()]) for name in names}
         records.append({**asdict(row), "seeds": list(runs), "scores": numbers})
@@ -286,19 +298,29 @@ def ablate(args: Ablate, extra: Sequence[str]) -> int:
     train = read_splits(cfg)["train"]
     expert = [x for flag in ("expert", "expert_model") for value in getattr(args, flag) for x in (f"--{flag}", value)]
     soft = any(len(sample.gold) > 1 for sample in train)
-    rows = chosen(table_rows(len(train), soft, args.out / ONE_HOT, expert), args.rows)
+    noisy = args.study == "noise"
+    known = [Row(*row) for row in noise.rows()] if noisy else table_rows(len(train), soft, args.out / ONE_HOT, expert)
+    rows = chosen(known, args.rows)
     for row in rows:
         if row.skip:
             print(f"{row.title} ({row.name}) is left out: {row.skip}", flush=True)
     jobs = [job(args, dated, row, seed) for row in rows if not row.skip for seed in range(args.seeds)]
     write_atomically(args.out / ONE_HOT, jsonl(gold))
     failed = [] if args.show else run_all([job for job in jobs if not finished(job)], args.jobs)
-    records = collected(jobs)
+    records = collected(jobs, with_consensus if noisy else scores)
     skipped = {row.title: row.skip for row in rows if row.skip}
     settings = {"preset": args.preset, "flags": list(extra), "seeds": args.seeds, "failed": failed, "skipped": skipped}
-    lines = table(records)
-    write_atomically(args.out / "ablate.json", json.dumps({**settings, "rows": records, "table": lines}, indent=1) + "\n")
-    print(markdown(lines) if args.markdown else text(lines))
+    lines = noise.table(records) if noisy else table(records)
+    found = {**settings, "rows": records, "table": lines}
+    shown = markdown if args.markdown else text
+    print(shown(lines))
+    if noisy:
+        effects = noise.effects(records)
+        found |= {"effects": effects}
+        print(f"\n{shown(noise.effects_table(effects))}")
+        if any(record["seeds"] for record in records):
+            write_atomically(args.out / "noise.svg", noise.picture(records))
+    write_atomically(args.out / "ablate.json", json.dumps(found, indent=1) + "\n")
     return 0 if all(len(record["seeds"]) == args.seeds for record in records) else 1
 
 

@@ -72,6 +72,9 @@ class Config:
     keep_reward: float = 0.6  # Least reward of an answer that becomes a new sample (D11).
     gold: str = ""  # JSONL of sample id and weights that replaces gold labels (D14).
     soft_labels: Switch = False  # Annotators' votes as gold, where a release has them (D14).
+    label_noise: float = 0.0
+    """Share of training labels, in [0, 1), that are made wrong: another label of the dataset takes the place of the heaviest
+    one, by a seeded draw per label. Dev and test stay clean (an experiment of ours: python -m tools.ablate noise)."""
     drop_overlap: Switch = False  # Leave out training dialogues that share lines with a test dialogue (D24).
     originals: int = 0  # Original samples in D0, first N of a seeded shuffle over all datasets; 0 = all (Table 2, D27).
     max_synthetic: int = 0  # Newest N synthetic samples in the buffer; 0 = all (Table 2, D27).
@@ -152,6 +155,8 @@ def check(cfg: Config) -> None:
         if not getattr(cfg, name) >= low:
             why = " (an answer is compared with its group)" if name == "n" else ""
             raise UserError(f"--{name} is {getattr(cfg, name)}: it must be at least {low}{why}")
+    if not 0 <= cfg.label_noise < 1:
+        raise UserError(f"--label_noise is {cfg.label_noise}: it is the share of wrong labels, at least 0 and below 1")
     if not cfg.temperature > 0 or not all(t >= 0 for t in cfg.eval_temperatures) or not cfg.eval_temperatures:
         raise UserError("--temperature must be above 0 (greedy answers are all equal), --eval_temperatures at least 0")
     if (cfg.cold_start == "expert") != bool(cfg.expert):

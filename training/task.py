@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import data
-from common.draws import distinct, first_shuffled, shuffled
+from common.draws import distinct, first_shuffled, shuffled, uniforms
 from common.errors import UserError
 from common.files import read_json
 from common.flags import number, pairs
 from common.hub import eos_ids, load_tokenizer
 from common.template import day, remarks
-from corpora.dialogue import SPLITS, Weights
+from corpora.dialogue import SPLITS, Turn, Weights
 from corpora.loading import label_set, load, read_gold, read_personas, with_votes
 from corpora.sharing import overlap
 from data import Completion, Sample
@@ -28,7 +28,7 @@ from model import Policy
 from rollout import generate
 from training.config import Config
 
-EVALUATION, SELF_EMO_TEST, COLD_START = -1, -2, -3  # stand for a step in the keys of random streams outside of training
+EVALUATION, SELF_EMO_TEST, COLD_START, LABEL_NOISE = -1, -2, -3, -4  # for a step in keys of random streams elsewhere
 
 
 class NotFinite(Exception):
@@ -238,7 +238,7 @@ def read_splits(cfg: Config) -> dict[str, list[Sample]]:
 
 
 def read_samples(cfg: Config, roots: Mapping[str, str]) -> dict[tuple[str, str], list[Sample]]:
-    """The samples of every (dataset, split), with the gold and the personas that the settings ask for."""
+    """The samples of every (dataset, split), with the gold, its noise and the personas that the settings ask for."""
     keys = [(name, split) for name in roots for split in SPLITS]
     votes = with_votes(roots, cfg.soft_labels)
     personas = read_personas(Path(cfg.personas)) if cfg.personas else None
@@ -251,6 +251,8 @@ def read_samples(cfg: Config, roots: Mapping[str, str]) -> dict[tuple[str, str],
         found += data.samples(kept, labels, personas=personas, persona_scope=cfg.persona_scope)
     if cfg.gold:
         found = with_gold(found, read_gold(Path(cfg.gold)))
+    if cfg.label_noise:
+        found = [mislabelled(s, cfg.label_noise, cfg.seed) if s.id.split("/")[1] == "train" else s for s in found]
     return {key: [sample for sample in found if sample.id.startswith(f"{key[0]}/{key[1]}/")] for key in keys}
 
 
@@ -262,6 +264,32 @@ def with_gold(samples: Iterable[Sample], gold: Mapping[str, Weights]) -> list[Sa
             labels = f"{', '.join(weights)}: labels are {', '.join(known[key].labels)}" if key in known else "no such sample"
             raise UserError(f"--gold: {key}: {labels}")
     return [replace(s, gold=dict(gold[s.id])) if s.id in gold else s for s in known.values()]
+
+
+def mislabelled(sample: Sample, rate: float, seed: int) -> Sample:
+    """The sample as it would be if each label of its dialogue had been written down wrongly with chance `rate`.
+
+    The heaviest label changes places with another one of the dataset, each of them as likely: soft gold stays as soft as it
+    was, and accuracy counts exactly the changed ones as wrong (D15). A draw depends on nothing but seed and the id of the
+    labelled turn: a turn is the same in all samples that show it, and what is wrong at one rate is wrong at a higher one.
+    """
+    dialogue = sample.id.rpartition("/")[0]
+
+    def gold(weights: Weights, key: str) -> Weights:
+        chance, place = uniforms((seed, LABEL_NOISE, key), 0, range(2))
+        first = data.heaviest(weights)
+        others = [label for label in sample.labels if label != first]
+        if chance >= rate or not others:
+            return weights
+        other = others[int(place * len(others))]
+        return {{first: other, other: first}.get(emotion, emotion): weight for emotion, weight in weights.items()}
+
+    def heard(turn: Turn, place: int) -> Turn:
+        return turn if turn.label is None else replace(turn, label=gold(turn.label, f"{dialogue}/{turn.id or place}"))
+
+    following = sample.following and heard(sample.following, len(sample.context))
+    context = tuple(heard(turn, i) for i, turn in enumerate(sample.context))
+    return replace(sample, gold=gold(sample.gold, sample.id), context=context, following=following)
 
 
 def group_by_dataset(samples: Sequence[Sample]) -> dict[str, Sequence[Sample]]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from common.errors import UserError, command
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ("PAPER.md", "docs/curves.md")
+DOCUMENTS = ("PAPER.md", "docs/curves.md", "docs/gpu.md")
 FILES = ("minimal", "grpo", "data", "selfemo", "rollout", "model", "evaluate")  # of the root, in reading order
 ROOMS = ("common", "corpora", "engine", "training", "experts", "analysis", "toy", "tools", "tests")
 CODE = re.compile(rf"((?:(?:{'|'.join(ROOMS)})\.)?\w+)\.([A-Za-z_][\w.]*)")

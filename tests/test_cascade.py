@@ -4,12 +4,10 @@ On a CPU all in float64, so that equal means equal to 1e-12; PyTorch's own kerne
 real signatures. What needs a GPU is skipped without one, and says so.
 """
 
-import functools
 import importlib.machinery
 import itertools
 import math
 import sys
-import time
 import types
 from unittest import mock
 
@@ -30,11 +28,12 @@ from transformers import LlamaConfig
 from engine import cascade, fsdp, processes
 from engine.cascade import FLASH_ATTN, PLAIN, TORCH, CascadeLayout, Segments, kernels_for, layout_for
 from model import Group, GroupLayout, Policy, pack
+from tools import checks
+from tools.checks import attends, errors, qkv, solved
 from training.plan import Place, kept_bytes
 
 CPU = torch.device("cpu")
 EXACT = {"rtol": 0, "atol": 1e-12}
-GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="the fast kernels need a GPU")
 PAPER = LlamaConfig(head_dim=128)
 # Prompts of 3, 1 and 9 tokens with answers of 2, 4 | 1, 1, 1 | 5: 13 + 14 = 27 tokens.
 SHAPE = ([3, 1, 9], [[2, 4], [1, 1, 1], [5]])
@@ -45,21 +44,6 @@ SHAPES = {
     "one group": ([6], [[2, 7, 1]]),
     "longer than the prompt": ([2, 1], [[9], [3, 12]]),
 }
-
-
-def qkv(shape, H=4, K=2, D=8, dtype=torch.float64, given=torch.float64, seed=0, device=CPU):
-    """Random q, k, v of a stream and a gradient of its output, rounded to the type `given`."""
-    N, generator = sum(shape[0]) + sum(map(sum, shape[1])), torch.Generator().manual_seed(seed)
-    made = [torch.randn(N, heads, D, generator=generator, dtype=torch.float64) for heads in (H, K, K, H)]
-    q, k, v, dout = (x.to(given).to(device, dtype) for x in made)
-    return [x.requires_grad_() for x in (q, k, v)], dout
-
-
-def solved(attend, shape, scale=0.35, **sizes):
-    """(out, dq, dk, dv) of an attention over a stream of this shape."""
-    inputs, dout = qkv(shape, **sizes)
-    out = attend(0, *inputs, scale)
-    return out.detach(), *torch.autograd.grad(out, inputs, dout)
 
 
 def plain_rows(shape):
@@ -81,10 +65,6 @@ def plain_rows(shape):
         return torch.cat([*parts, *answered])
 
     return attend
-
-
-def attends(shape, kernels=PLAIN, device=CPU):
-    return CascadeLayout.of(kernels, *shape, device).attend
 
 
 def assert_same(found, expected, **tolerance):
@@ -184,17 +164,6 @@ def test_a_merge_that_is_left_to_autograd_would_be_seen():
     assert (dk - right[2]).abs().max() > 0.3 * right[2].abs().max()
     with pytest.raises(AssertionError, match="dq"):
         assert_same((out, dq, dk, dv), solved(plain_rows(SHAPE), SHAPE))
-
-
-def relative(found, expected):
-    """|found - expected| / |expected| of out, dq, dk and dv, over all elements (2-norm)."""
-    return [((a.double() - b.double()).norm() / b.double().norm()).item() for a, b in zip(found, expected, strict=True)]
-
-
-def errors(attends_of, shape, dtype, **sizes):
-    """Relative errors in 16 bits against float64 on the same rounded numbers, of a whole stream."""
-    found = solved(attends_of(shape), shape, dtype=dtype, given=dtype, **sizes)
-    return relative(found, solved(attends(shape, PLAIN, sizes.get("device", CPU)), shape, given=dtype, **sizes))
 
 
 def test_bf16_errs_hardly_more_than_without_a_merge():
@@ -469,102 +438,7 @@ def test_a_plan_counts_what_a_gpu_will_keep(D, kernels):
 # On a GPU
 
 
-KERNELS = pytest.mark.parametrize("kernels", [TORCH, FLASH_ATTN], ids=["torch", "flash_attn"])
-HEADS = {"H": 32, "K": 8, "D": 128}  # those of Qwen3-8B and Qwen3-4B
-LONG = ([4096], [[4096] * 8])  # N = 36,864
-
-
-def on_gpu(kernels):
-    """`attends` on the GPU; skips where flash-attn is not installed."""
-    if kernels is FLASH_ATTN:
-        pytest.importorskip("flash_attn")
-    return functools.partial(attends, kernels=kernels, device=torch.device("cuda"))
-
-
-@GPU
-@KERNELS
-@pytest.mark.parametrize(
-    "shape",
-    [([200, 31], [[130, 7, 300], [64, 1]]), ([40, 1, 7], [[1], [1], [1]]), ([1, 1], [[1], [1]])],
-    ids=["unequal", "answers of one token", "all of one token"],
-)
-def test_kernels_err_below_one_per_cent(kernels, shape):
-    """Against float64 on the same bf16 numbers. With queries of one token the kernels swap heads and queries."""
-    assert max(errors(on_gpu(kernels), shape, torch.bfloat16, device=torch.device("cuda"), **HEADS)) < 1e-2
-
-
-@GPU
-@KERNELS
-def test_kernels_err_hardly_more_than_without_a_merge(kernels):
-    """Below twice the errors of a long prompt, which are those of one causal call."""
-    shapes = ([200, 31], [[130, 7, 300], [64, 1]]), ([700], [[1]])
-    place = {"device": torch.device("cuda"), **HEADS}
-    merged, alone = (errors(on_gpu(kernels), shape, torch.bfloat16, **place) for shape in shapes)
-    for ours, theirs in zip(merged, alone, strict=True):
-        assert 0 < ours < 2 * theirs, (merged, alone)
-
-
-@GPU
-@KERNELS
-def test_more_than_65536_tokens_on_a_gpu(kernels):
-    """Two groups of 33 x 1,024 tokens, N = 67,584: the second gives what it gives alone."""
-    L, n = 1024, 32
-    one, two = ([L], [[L] * n]), ([L] * 2, [[L] * n] * 2)
-    place = {"H": 4, "K": 1, "D": 64, "dtype": torch.bfloat16, "device": torch.device("cuda")}
-    (q, k, v), dout = qkv(two, **place)
-    own = [slice(L, 2 * L), slice(2 * L + n * L, None)]  # prompt and answers of the second group
-    found = [q, k, v]
-    out = on_gpu(kernels)(two)(0, *found, 0.125)
-    both = (out, *torch.autograd.grad(out, found, dout))
-    alone = [torch.cat([x.detach()[part] for part in own]).requires_grad_() for x in found]
-    out = on_gpu(kernels)(one)(0, *alone, 0.125)
-    single = (out, *torch.autograd.grad(out, alone, torch.cat([dout[part] for part in own])))
-    assert max(relative([torch.cat([x[part] for part in own]) for x in both], single)) < 1e-2
-
-
-@GPU
-@KERNELS
-def test_output_repeats_and_waits_for_nothing_on_a_gpu(kernels):
-    """Bit for bit: the output always; the gradients when PyTorch is asked for it (dq is summed by atomics otherwise)."""
-    shape = ([300, 40], [[200, 100], [90]])
-    attend = on_gpu(kernels)(shape)
-    inputs, dout = qkv(shape, dtype=torch.bfloat16, device=torch.device("cuda"), **HEADS)
-    attend(0, *inputs, 0.1)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        first, second = attend(0, *inputs, 0.1), attend(0, *inputs, 0.1)
-        torch.autograd.grad(first, inputs, dout)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert torch.equal(first, second)
-    torch.use_deterministic_algorithms(True)
-    try:
-        one, two = (solved(attend, shape, dtype=torch.bfloat16, device=torch.device("cuda"), **HEADS) for _ in range(2))
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert all(map(torch.equal, one, two))
-
-
-def cost(attend, shape):
-    """(seconds, peak bytes beyond q, k, v and the gradient given) of a forward and a backward of one layer."""
-    inputs, dout = qkv(shape, dtype=torch.bfloat16, device=torch.device("cuda"), **HEADS)
-    torch.autograd.grad(attend(0, *inputs, 0.1), inputs, dout)
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before, begun = torch.cuda.memory_allocated(), time.perf_counter()
-    torch.autograd.grad(attend(0, *inputs, 0.1), inputs, dout)
-    torch.cuda.synchronize()
-    return time.perf_counter() - begun, torch.cuda.max_memory_allocated() - before
-
-
-@GPU
-def test_time_and_memory_of_a_long_group_on_a_gpu(capsys):
-    """A prompt of 4,096 tokens and 8 answers of 4,096. Cascade: out 302 MB and lse 5 are kept; the backward of the own call
-    needs dq in float32 604, dk and dv of every query head 604, dq 302, dk and dv 151: 1.97 GB. GroupLayout needs more."""
-    found = {name: cost(attend, LONG) for name, attend in {
-        "cascade": on_gpu(TORCH)(LONG), "mask": GroupLayout.of(*LONG, torch.device("cuda")).attend,
-    }.items()}  # fmt: skip
-    with capsys.disabled():
-        print({name: f"{seconds * 1e3:.1f} ms, {peak / 1e9:.2f} GB" for name, (seconds, peak) in found.items()})
-    assert found["cascade"][1] < 1.15 * 1.97e9
-    assert found["cascade"][0] < found["mask"][0] and found["cascade"][1] < found["mask"][1]
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the fast kernels need a GPU")
+def test_what_a_gpu_has_to_show():
+    """Errors, repetition, waits, time and memory: see docs/gpu.md. On a CPU tests/test_accept.py runs the same lines."""
+    assert [row for row in checks.cascade(torch.device("cuda")) if row.verdict != "ok"] == []

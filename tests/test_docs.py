@@ -17,7 +17,9 @@ from corpora.dialogue import SPLITS
 from training import config, metrics
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = ("data", "expert", "runs", "measuring", "curves", "by-hand", "speed", "smollm2", "architectures", "evidence")
+NAMES = (
+    "data", "expert", "runs", "measuring", "curves", "by-hand", "speed", "smollm2", "architectures", "evidence", "gpu",
+)  # fmt: skip
 PAGES = tuple(f"docs/{name}.md" for name in NAMES)
 DOCUMENTS = ("README.md", "PAPER.md", "CHANGELOG.md", *PAGES)
 LATER = "not built yet"
@@ -463,6 +465,7 @@ def accepted():
         "-m toy baselines": arguments("toy.__main__", "baselines"),
         "-m toy gold_sft": arguments("toy.__main__", "gold_sft"),
         "tools.report": fields("tools.report", "Report"),
+        "tools.accept": fields("tools.accept", "Accept"),
         "tools.ablate": fields("tools.ablate", "Ablate") | fields("training.config", "Config"),
         "tools.pictures curves": arguments("tools.pictures", "curves"),
         "tools.pictures growth": arguments("tools.pictures", "growth"),

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from engine.batches import longest_micro_batch, tokens_of
 from engine.fast import can_pack, pack, packed_linear
@@ -40,7 +40,11 @@ class Shapes:
     @classmethod
     def of(cls, model: str) -> "Shapes":
         """Those of a Hugging Face folder; its weights are not read."""
-        config = AutoConfig.from_pretrained(model)
+        return cls.of_config(AutoConfig.from_pretrained(model))
+
+    @classmethod
+    def of_config(cls, config: PretrainedConfig) -> "Shapes":
+        """Those of a model so configured."""
         with torch.device("meta"):
             lm: Any = AutoModelForCausalLM.from_config(config)
         bodies = [m for m in lm.base_model.modules() if not isinstance(m, nn.Embedding)]

@@ -46,13 +46,13 @@ class Check:
 
 CHECKS: Mapping[str, Check] = {  # 580 s in all
     "cascade": Check(checks.cascade, 45),
-    "head": Check(checks.head, 25),
-    "draws": Check(checks.draws, 25),
+    "head": Check(checks.head, 20),
+    "draws": Check(checks.draws, 20),
     "sampler": Check(decoding.sampler, 45),
-    "graphs": Check(decoding.graphs, 45),
+    "graphs": Check(decoding.graphs, 40),
     "ranks": Check(trials.ranks, 75),
     "plan": Check(trials.plan, 60),
-    "run": Check(trials.run, 125),
+    "run": Check(trials.run, 140),
     "pace": Check(decoding.pace, 135),
 }
 

@@ -102,7 +102,7 @@ def plan(device: torch.device) -> Iterator[Row]:
     """The peak of a step with prompts and answers as long as the settings allow, against what --plan says of it."""
     gpu = on_gpu(device)
     S, T, layers = (1024, 1024, 8) if gpu else (16, 8, 2)
-    prompts = {"batch_prompts": 8, "mini_batch_prompts": 8, "eval_limit": 8}
+    prompts: dict[str, Any] = {"batch_prompts": 8, "mini_batch_prompts": 8, "eval_limit": 8}
     cfg = Config(max_prompt_tokens=S, max_new_tokens=T, dtype="bfloat16", **prompts)
     config = qwen_config("Qwen/Qwen3-4B", device, layers)
     with processes.processes(cfg.dtype):

@@ -47,8 +47,8 @@ def run(device: torch.device) -> Iterator[Row]:
             sizes: dict[str, Any] = {"iterations": 2, "steps": 3, "limit": "toy=256", "eval_limit": 128, "test_limit": 128}
         else:
             base.untaught(root / "base")
-            sizes = {"iterations": 1, "steps": 2, "batch_prompts": 4, "mini_batch_prompts": 2, "n": 2}
-            sizes |= {"limit": "toy=16", "eval_limit": 2, "test_limit": 2, "cold_start": "dataset"}
+            sizes = {"iterations": 1, "steps": 2, "batch_prompts": 2, "mini_batch_prompts": 1, "n": 2}
+            sizes |= {"limit": "toy=8", "eval_limit": 1, "test_limit": 1, "eval_temperatures": 0.0, "cold_start": "dataset"}
         flags = {
             "preset": "toy", "model": root / "base", "data": f"toy={root / 'world'}", "out": out, "save_every": 1,
             "ref_offload": "true", "activation_checkpointing": "true", **sizes,

@@ -455,6 +455,7 @@ def accepted():
         "evaluate.py judge": fields("analysis.judge", "JudgeCommand"),
         "evaluate.py personas": fields("analysis.clusters", "PersonasCommand"),
         "evaluate.py audit": {"show", "markdown"},
+        "evaluate.py try": fields("analysis.trying", "TryCommand"),
         "data.py stats": arguments("data", "stats"),
         "data.py download": arguments("corpora.download", "download"),
         "data.py audit": arguments("corpora.check", "audit"),

@@ -4,6 +4,7 @@
     python evaluate.py judge RUN --early 0-9 --late 10-19 --judge URL --judge_name NAME
     python evaluate.py personas --run RUN [--plot FILE.svg]
     python evaluate.py audit RUN [--show SAMPLE_ID]
+    python evaluate.py try MODEL < DIALOGUE
 
 An answer without a valid output is a wrong answer, never a missing one: it is counted and its reason shown (D15).
 """
@@ -30,6 +31,7 @@ from analysis.compare import baseline_dates, compared, read_baseline
 from analysis.judge import judge_command
 from analysis.scoring import ScoreCommand, all_answers, datasets_of, unclean
 from analysis.table1 import averaged, rendered, spread, summary
+from analysis.trying import try_command
 from common.errors import UserError, command
 from common.files import build_records, jsonl, write_atomically
 from common.flags import Switch
@@ -374,6 +376,7 @@ def main() -> int:
     """Run a command; see `common.errors.command` for the exit status."""
     commands: dict[str, Callable[..., int]] = {
         "score": score_command, "judge": judge_command, "personas": personas_command, "audit": audit_command,
+        "try": try_command,
     }  # fmt: skip
     return command(enough_memory()(lambda: int(tyro.extras.subcommand_cli_from_dict(commands))), kept=KEPT)
 

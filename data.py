@@ -56,7 +56,10 @@ class Responder:
 
 @dataclass(frozen=True)
 class Sample:
-    """A context C whose last turn is to be recognised, the responder, and gold weights. Children: <parent>+<iteration>."""
+    """A context C whose last turn is to be recognised, who answers it, and gold: its emotions with their weights.
+
+    The id of a sample that self-play made is <parent>+<iteration>.
+    """
 
     id: str
     dataset: str
@@ -90,8 +93,8 @@ class Output:
 
 @dataclass(frozen=True)
 class Failure:
-    """An answer with rule(.) = 0. Reasons: unfinished too_long think dictionary trailing keys last_emotions label weight
-    my_emotions my_output duplicate."""
+    """An answer that breaks the rule: rule(.) = 0 in Eq. 8. `reason` is one of unfinished too_long think dictionary trailing
+    keys last_emotions label weight my_emotions my_output duplicate."""
 
     reason: str
     detail: str
@@ -223,7 +226,7 @@ def safe(text: str, control: Iterable[str]) -> str:
 
 
 def history(turns: Iterable[Turn], control: Iterable[str]) -> str:
-    """One `Name: text` a line. The first colon of a line ends the name."""
+    """The turns as lines of `Name: text`. The first colon of a line ends the name."""
     return safe("\n".join(f"{turn.speaker.replace(':', ' ')}: {turn.text}" for turn in turns), control)
 
 
@@ -417,7 +420,7 @@ def stats(data: Pairs, tokenizer: str = "", context: Context = "labelled") -> It
             n = sorted(map(len, [encode(opened, s, DEFAULT)[0] for s in made] if opened else map(words, texts))) or [0]
             p50, p95 = (n[round(q * (len(n) - 1))] for q in (0.5, 0.95))
             what = "tokens" if opened else "words"
-            yield f"  {what} a prompt: mean {statistics.fmean(n):.0f}, p50 {p50}, p95 {p95}, max {n[-1]}"
+            yield f"  {what} per prompt: mean {statistics.fmean(n):.0f}, p50 {p50}, p95 {p95}, max {n[-1]}"
         if name == "iemocap":
             yield "iemocap: self-check {} ({})".format(*iemocap.self_check(d for split in splits.values() for d in split))
 

@@ -1,6 +1,8 @@
 """Equations 8-14 of SELF-EMO (arXiv:2604.18003v1) and the k3 KL of its Table 12, as pure functions.
 
-Read it beside section 3.3. Nothing here knows a model, a tokenizer, a rank or a config, and no argument is changed.
+Read it beside section 3.3. A prediction is the emotions that an answer recognises, with weights; a label is gold, what the
+dataset says; a group is the n answers to one prompt. The rule (D8) is the form that an answer must have to count.
+Nothing here knows a model, a tokenizer, a rank or a config, and no argument is changed.
 Everything up to the advantages is computed with Python floats and `math.fsum`, whose results depend neither on the
 order of the terms nor on the machine: an audit may compare them exactly.
 
@@ -19,8 +21,8 @@ Level = Literal["token", "sequence"]
 RULE_BONUS = 0.1  # Eq. (8): what an answer that follows the rule earns beside its IOU
 CORE_SIZE = 3  # Eqs. (11), (12): emotions in the core, and always the divisor of the consistency
 STD_EPS = 1e-6  # D5: added to both standard deviations
-LOG_RATIO_MAX = 20.0  # as Table 12's stack: no log-ratio enters exp() beyond this
-K3_MAX = 10.0  # as Table 12's stack: the most one token adds to the KL
+LOG_RATIO_MAX = 20.0  # as in VeRL, which the paper trains with: no log-ratio enters exp() beyond this
+K3_MAX = 10.0  # as in VeRL: the most that one token adds to the KL
 
 
 def normalised(weights: Prediction) -> dict[str, float]:
@@ -34,7 +36,7 @@ def normalised(weights: Prediction) -> dict[str, float]:
 
 
 def iou(prediction: Prediction, label: Prediction) -> float:
-    """Weighted overlap of two emotion sets, in [0, 1], 1 for equal shares (Eqs. 9, 10).
+    """Intersection over union (IOU) of two weighted emotion sets, in [0, 1], 1 for equal shares (Eqs. 9, 10).
 
     Weights are raw: only their shares count. With the total variation distance TV of the shares it is (1-TV)/(1+TV).
     Raises ValueError where one side is empty or has a weight that is not positive and finite.
@@ -101,7 +103,7 @@ def advantages(
     """Advantage of every answer within its own group: Tensor[P, G], float64 (Eq. 13, D5).
 
     Sample standard deviation (n - 1) + 1e-6 in both terms; a group of equal values adds exactly 0.
-    Raises ValueError for fewer than 2 answers a group and for two inputs of different shape.
+    Raises ValueError for fewer than 2 answers per group and for two inputs of different shape.
     """
     rows = []
     both = zip(_rows(rewards_PG), _rows(consistencies_PG), strict=True)
@@ -136,8 +138,8 @@ def policy_loss(
     """Clipped policy loss, to be minimised: minus Eq. (14) (D1, D2, D4). It only sums: (loss, metrics).
 
     `weight_BT` (see `token_weights`) is 0 off the answer, where log-probs may be anything, and sums to 1 over the
-    mini-batch on all ranks. `ratio`: one ratio a token, or one a sequence, exp of the summed log-ratio, which all its
-    tokens share. Clipping stops gain, not blame: an advantage < 0 with a ratio > 1 + eps keeps its gradient.
+    mini-batch on all ranks. `ratio`: one ratio per token, or one per sequence: exp of the summed log-ratio, which all
+    tokens of an answer share. Clipping stops gain, not blame: an advantage < 0 with a ratio > 1 + eps keeps its gradient.
     Log-ratios are cut at +-20 before exp(), so that a clipped gain has gradient 0 and never 0 * inf.
 
     Metrics, detached: `ratio/mean` and `clip_frac` (weight whose gain is clipped) are sums over weight_BT, so parts of
@@ -167,7 +169,7 @@ def policy_loss(
 
 
 def low_var_kl(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """k3 estimate of KL(policy || reference) a token, any shape, in [0, 10]; Table 12's `low_var_kl`.
+    """k3 estimate of KL(policy || reference) per token, any shape, in [0, 10]; Table 12's `low_var_kl`.
 
     Its input is cut at +-20 and its output at 10; where either cuts, the gradient is 0.
     """

@@ -60,7 +60,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Group:
-    """A sample, its prompt, its n answers, and what the equations say about them."""
+    """A sample, its prompt, the n answers to it, and what the equations say about them. Advantages compare within it."""
 
     sample: Sample
     prompt_ids: list[int]
@@ -122,7 +122,7 @@ def generate_naive(
 def rollout(
     lm: nn.Module, tokenizer: Tokenizer, samples: Sequence[Sample], cfg: Settings, *, n: int, step: int
 ) -> tuple[list[list[int]], list[list[Completion]]]:
-    """Line 7: the prompt of each sample, and n answers to it, sampled and parsed. `step` names the random streams."""
+    """Line 7: the prompt of each sample, and n answers to it, sampled and read. `step` names the random streams."""
     # Eq. (5): one prompt asks for all three parts. Some chat templates open the answer's think block themselves.
     prompts, opened = zip(*[data.encode(tokenizer, sample, data.DEFAULT) for sample in samples], strict=True)
     keys = [(cfg.seed, step, name) for name in distinct([sample.id for sample in samples])]
@@ -131,7 +131,7 @@ def rollout(
     groups = []
     for sample, start, group in zip(samples, opened, sampled, strict=True):
         texts = [data.answer_text(tokenizer, c.ids, stop, start) for c in group]
-        # Eq. (6): what the answer says; or, where rule(.) of Eq. (8) is 0, why
+        # Eq. (6): what the answer says; or why it breaks rule(.) of Eq. (8), the form that an answer must have (D8)
         parses = [data.parse_output(text, sample.labels, finished=c.finished) for text, c in zip(texts, group, strict=True)]
         groups.append([replace(c, text=x, parse=parse) for c, x, parse in zip(group, texts, parses, strict=True)])
     return list(prompts), groups
@@ -144,7 +144,7 @@ def score(
     groups = []
     for sample, prompt_ids, group in zip(samples, prompts, answers, strict=True):
         predictions = [a.parse.last_emotions if isinstance(a.parse, Output) else None for a in group]
-        # Eqs. (8)-(10): r_i = 0 if the rule failed, else IOU(prediction_i, gold) + 0.1
+        # Eqs. (8)-(10): r_i = 0 if the rule failed, else 0.1 + IOU, the overlap with gold, the emotions of the dataset
         rewards = [reward(prediction, sample.gold) for prediction in predictions]
         # Eq. (11): the three heaviest emotions of the group
         core = core_emotions(predictions)

@@ -108,7 +108,7 @@ def generate(
     or the model's positions, FloatingPointError for logits that are NaN or infinite.
     """
     if n < 1 or max_new_tokens < 1 or temperature < 0 or len(keys) != len(prompts) or not all(map(len, prompts)):
-        raise ValueError("generate needs n >= 1, max_new_tokens >= 1, temperature >= 0, and a key and tokens a prompt")
+        raise ValueError("generate needs n >= 1, max_new_tokens >= 1, temperature >= 0, for each prompt a key and tokens")
     if isinstance(model, Policy):
         check_length(model, [Group(prompt, [range(max_new_tokens)]) for prompt in prompts])
     lm = model.lm if isinstance(model, Policy) else model
@@ -303,7 +303,7 @@ class Engine:
         self.moving = None
 
     def make_room(self, queue: deque[Job]) -> None:
-        """Capacity for one more token a row; over the budget, the youngest group goes back to the queue."""
+        """Capacity for one more token per row; over the budget, the youngest group goes back to the queue."""
         while (size := self.capacity(self.needed(self.groups, len(self.rows)))) is None:
             job = max(self.groups, key=lambda job: self.born[job.index])
             queue.appendleft(job)

@@ -8,9 +8,9 @@ minimal.py is the same algorithm without what makes it fast, distributed and res
 the loop, and the functions below it are its lines, in order. Equations are in grpo.py, prompts, parsing and selection in
 data.py, sampling in rollout.py; what a run is, its folder, its stages and its cold start, is in training/.
 
-Where the paper is silent or contradicts itself we decide; every decision (D1-D28) is a row of PAPER.md. The four that
-change a number most: one ratio per token, not per sequence (D2); mean over the tokens of a mini-batch (D3); the sample
-standard deviation + 1e-6 (D5); the cold start learns format from the model's own valid answers (D17).
+Where the paper is silent or contradicts itself we decide; PAPER.md argues every decision (D1-D28). Measured in the toy, two
+change its test accuracy most: retraining the start model in place of the model after RL (D13: -15.5 points) and one
+importance ratio per answer in place of one per token (D2: +4.4 points).
 
 Shapes: P prompts, B answers prompt-major, T answer tokens (right-padded), N the tokens of all answers in one row.
 """

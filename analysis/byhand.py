@@ -114,15 +114,16 @@ def prompt(record: Record, update: Record) -> Iterator[str]:
     yield "## 1. The prompt (Eq. 5)"
     yield para(f"{len(record['prompt_ids'])} tokens, as the chat template of the model writes them:")
     yield fenced(update["prompt"])
-    yield para(f"Gold, which the model does not see: {named(record['gold'])}.")
+    yield para(f"Gold, the emotions that the data has for the last line, hidden from the model: {named(record['gold'])}.")
 
 
 def texts(record: Record) -> Iterator[str]:
     """The answers and the rule (Eq. 6)."""
     yield "## 2. The answers and the rule (Eq. 6)"
     yield para(
-        "The rule asks for a think block with text, then one dictionary with exactly three keys, then the end, and "
-        "nothing else (D8). `last_emotions` is what is judged; the rest of an answer is never compared with anything."
+        "The rule is the form that an answer must have to earn anything: a think block with text, then one dictionary "
+        "with exactly three keys, then the end, and nothing else (D8). Of the dictionary, `last_emotions` is what is "
+        "compared with gold; the rest of an answer is never compared with anything."
     )
     for answer in record["answers"]:
         reason = answer["parse"]["reason"]
@@ -136,8 +137,9 @@ def rewards(record: Record) -> Iterator[str]:
     found, gold = predictions(record), record["gold"]
     yield "## 3. The first reward (Eqs. 8-10)"
     yield para(
-        "Weights become shares that sum to 1 (Eq. 9). The IOU of Eq. 10 is the sum of the smaller shares over the "
-        f"sum of the larger ones, over all emotions that the answer or gold names. A kept rule adds {RULE_BONUS} (Eq. 8)."
+        "It says how much the recognised emotions overlap with gold. Weights become shares that sum to 1 (Eq. 9). The "
+        "IOU, intersection over union, is the sum of the smaller shares over the sum of the larger ones, over all "
+        f"emotions that the answer or gold names (Eq. 10). An answer that keeps the rule earns {RULE_BONUS} more (Eq. 8)."
     )
     for i, raw in enumerate(found):
         if raw is not None and raw not in found[:i]:
@@ -168,7 +170,10 @@ def consensus(record: Record) -> Iterator[str]:
     sums = {e: math.fsum(share for _, share in shares) for e, shares in by.items()}
     order = sorted(by, key=lambda e: (e not in core, -sums[e], -len(by[e]), e))
     yield "## 4. The consensus and the second reward (Eqs. 11, 12)"
-    yield para("Every valid answer has one vote: its shares. Summed over the group, gold not asked:")
+    yield para(
+        "The second reward is for naming what the group names, right or wrong: gold plays no part in it. Every valid "
+        "answer has one vote, which it divides by its shares. The sums over the group:"
+    )
     rows = [(e, ", ".join(f"A{i} {share:.4f}" for i, share in by[e]), sums[e], core.get(e, "—")) for e in order]
     yield table(["emotion", "shares", "sum", "p*"], rows)
     tied = [e for e in order if e not in core and sums[e] == min((sums[x] for x in core), default=0.0)]
@@ -190,7 +195,10 @@ def advantages(record: Record) -> Iterator[str]:
     r, r2, A = ([answer[name] for answer in answers] for name in ("reward", "consistency", "advantage"))
     z, z2 = standardised(r), standardised(r2)
     yield "## 5. The advantages (Eq. 13)"
-    yield para("Each reward minus the mean of its group, over the sample standard deviation of its group (D5):")
+    yield para(
+        "An advantage says how much better an answer is than the others of its group. Each of the two rewards enters as "
+        "its distance from the mean of the group, in sample standard deviations of the group (D5):"
+    )
     yield para(*(f"- {symbol}: {deviation(values)}" for symbol, values in (("r", r), ("r2", r2))))
     yield para(
         f"The second one counts lambda = t/T = **{number(record['lam'])}** at this step (D7). {STD_EPS:f} is added "
@@ -354,7 +362,7 @@ def whole_answers(answers: Sequence[Sequence[Token]], update: Record, eps: float
     """The sums over all tokens of the group, and what they add to the loss."""
     size = update["tokens"]
     yield para(
-        "The same for all tokens. Each token of an answer carries the answer's advantage, those of the reply too, "
+        "Now the same sums over all tokens. Each token of an answer carries the answer's advantage, those of the reply too, "
         "which no reward has looked at:"
     )
     everything = [x for own in answers for x in own]

@@ -4,9 +4,10 @@
     python -m tests.links --write    renew all of it
 
 In text, `grpo.iou`, `training.task.Task.lam` (a file of a room) and `tests/test_grpo.py::test_x` become links to the line
-of the def, class or assignment. "[Eq. (10)]()" becomes one to the comment "# Eq. (10)" of grpo.py or data.py, "[Eq. (11) in
-minimal.py]()" one to that of minimal.py. Whatever a link led to before is replaced. In the README's table of files, the
-number of lines of a row is renewed where it is off by more than a twentieth.
+of the def, class or assignment. A link with other words has the name in its title, [words](x "tests/test_grpo.py::test_x"):
+it fits a narrow table, and shows the name when the pointer rests on it. "[Eq. (10)]()" becomes one to the comment
+"# Eq. (10)" of grpo.py or data.py, "[Eq. (11) in minimal.py]()" one to that of minimal.py. Whatever a link led to before is
+replaced. In the README's table of files, the number of lines of a row is renewed where it is off by more than a twentieth.
 """
 
 import ast
@@ -24,6 +25,7 @@ FILES = ("minimal", "grpo", "data", "selfemo", "rollout", "model", "evaluate")  
 ROOMS = ("common", "corpora", "engine", "training", "experts", "analysis", "toy", "tools", "tests")
 CODE = re.compile(rf"((?:(?:{'|'.join(ROOMS)})\.)?\w+)\.([A-Za-z_][\w.]*)")
 TEST = re.compile(r"(tests/\w+\.py)::(\w+)")
+TITLED = re.compile(r'(\[[^\]\n]+\]\()[^)\s]* "([^"\n]+)"\)')
 NAME = re.compile(r"\[?`([^`\n]+)`(?:\]\([^)\s]*\))?")
 EQUATION = re.compile(r"\[(Eq\. \(\d+\)(?:, (?:left|right))?(?: in minimal\.py)?)\]\([^)\s]*\)")
 ROW = re.compile(r"\| \[(\w+(?:\.py)?)\]\(\1\) \| .* \| ([\d,]+) \|")
@@ -99,13 +101,18 @@ def linked(text: str, up: str) -> str:
         where = place(match[1])
         return match[0] if where is None else f"[`{match[1]}`]({up}{where[0]}#L{where[1]})"
 
+    def titled(match: re.Match[str]) -> str:
+        where = place(match[2])
+        return match[0] if where is None else f'{match[1]}{up}{where[0]}#L{where[1]} "{match[2]}")'
+
     def equation(match: re.Match[str]) -> str:
         where = comments.get(match[1])
         return match[0] if where is None else f"[{match[1]}]({up}{where[0]}#L{where[1]})"
 
     comments = equations()
     parts = re.split(r"(^```.*?^```$)", text, flags=re.DOTALL | re.MULTILINE)
-    return "".join(part if i % 2 else EQUATION.sub(equation, NAME.sub(name, part)) for i, part in enumerate(parts))
+    texts = (part if i % 2 else TITLED.sub(titled, part) for i, part in enumerate(parts))
+    return "".join(part if i % 2 else EQUATION.sub(equation, NAME.sub(name, part)) for i, part in enumerate(texts))
 
 
 def renewed(document: str) -> str:

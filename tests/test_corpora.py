@@ -370,5 +370,5 @@ def test_stats(tmp_path, monkeypatch, capsys):
     status, out, _ = run(monkeypatch, capsys, "stats", "--data", f"mine={tmp_path}")
     text = out.splitlines()
     assert text[:3] == ["mine/train: 1 dialogues, 3 samples", "  labels: joy 2, fear 1", "  responders: prev 2, next 1"]
-    assert re.fullmatch(r"  words a prompt: mean \d+, p50 \d+, p95 \d+, max \d+", text[3])
+    assert re.fullmatch(r"  words per prompt: mean \d+, p50 \d+, p95 \d+, max \d+", text[3])
     assert (status, len(text)) == (0, 12)

@@ -71,8 +71,13 @@ def keyed(part):
 
 
 def quoted(part):
-    """Everything in backticks."""
-    return re.findall(r"`([^`\n]+)`", part)
+    """Everything in backticks, and the titles of links, which hold the names that their words stand for."""
+    return re.findall(r"`([^`\n]+)`", part) + titles(part)
+
+
+def titles(part):
+    """[words](place "title")"""
+    return re.findall(r"\]\([^)\s]* \"([^\"\n]+)\"\)", part)
 
 
 def members(body, prefix=""):
@@ -163,9 +168,8 @@ def test_every_test_of_the_map_exists(document):
 
 def targets(document):
     """Links of a document, and of its pictures, that do not leave the repository: (path from the root, anchor)."""
-    found = re.findall(
-        r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", re.sub(r"^```.*?^```$", "", text(document), flags=re.DOTALL | re.MULTILINE)
-    )
+    prose = re.sub(r"^```.*?^```$", "", text(document), flags=re.DOTALL | re.MULTILINE)
+    found = re.findall(r"\]\(([^)\s]+)(?: \"[^\"]*\")?\)|src=\"([^\"]+)\"", prose)
     for target in (a or b for a, b in found):
         if not re.match(r"https?:", target):
             path, _, anchor = target.partition("#")
@@ -271,8 +275,27 @@ def test_every_table_and_figure_has_a_row():
     assert found == [f"Table {n}" for n in range(1, 13)] + [f"Fig. {n}" for n in range(1, 7)]
 
 
-def test_every_decision_has_a_row():
-    assert list(keyed(section("PAPER.md", "## Decisions"))) == [f"D{n}" for n in range(1, 29)]
+def decisions():
+    """Heading of every entry -> its parts by label: The paper., Here., Why., In the toy., Code:, Tests:"""
+    entries = re.split(r"^### ", section("PAPER.md", "## Decisions"), flags=re.MULTILINE)[1:]
+    pairs = (entry.split("\n", 1) for entry in entries)
+    return {title: dict(re.findall(r"\*\*([^*]+)\*\*(.*?)(?=\*\*|\Z)", rest, re.DOTALL)) for title, rest in pairs}
+
+
+def test_every_decision_has_an_entry():
+    assert [title.partition(":")[0] for title in decisions()] == [f"D{n}" for n in range(1, 29)]
+
+
+def test_every_decision_says_where_the_paper_stands_what_we_do_why_and_what_it_changes():
+    """Each in words, and then the code that does it and a test of it. The toy: a number, or that none was measured."""
+    for title, parts in decisions().items():
+        assert list(parts) == ["The paper.", "Here.", "Why.", "In the toy.", "Code:", "Tests:"], title
+        assert all(len(words.strip()) > 10 for words in parts.values()), title
+        places = r"section|Section|Eq\.|Eqs\.|Table|Algorithm|[Ll]ine|Fig\.|[Aa]ppendi"
+        assert re.search(places, parts["The paper."]), title
+        assert re.search(r"[Nn]ot measured|\.\d\d|\d\.\d|\d{2,}", parts["In the toy."]), title
+        assert code_names(parts["Code:"]), title
+        assert [name for name in quoted(parts["Tests:"]) if re.fullmatch(r"tests/\w+\.py::test_\w+", name)], title
 
 
 def test_every_decision_of_the_code_is_one_of_the_map():
@@ -280,7 +303,7 @@ def test_every_decision_of_the_code_is_one_of_the_map():
     assert named - {0} <= set(range(1, 29))  # D0 is the original dataset
 
 
-MAPS = {"## Equations": 2, "## Algorithm 1": 2, "## Tables and figures": 2, "## Decisions": 3, "## Smaller choices": 1}
+MAPS = {"## Equations": 2, "## Algorithm 1": 2, "## Tables and figures": 2, "## Smaller choices": 1}
 
 
 @pytest.mark.parametrize(("title", "column"), MAPS.items())
@@ -326,8 +349,9 @@ def test_line_links_are_true():
     """The line of a link is the def, the class or the assignment of the name; of an equation, its comment."""
     seen = 0
     for document in links.DOCUMENTS:
-        for name, path, line in re.findall(r"\[`?([^]`]+)`?\]\(([^)#]+)#L(\d+)\)", text(document)):
-            seen += 1
+        links_to_lines = r"\[`?([^]`]+)`?\]\(([^)#]+)#L(\d+)(?: \"([^\"]+)\")?\)"
+        for words, path, line, title in re.findall(links_to_lines, text(document)):
+            seen, name = seen + 1, title or words
             there = text(os.path.normpath(Path(document).parent / path)).splitlines()[int(line) - 1]
             last = re.split(r"[.:]+", name)[-1]
             pattern = rf" *((async )?(def|class) {last}\b|{last}\b *[:=,])"
@@ -345,6 +369,7 @@ def test_every_name_that_can_have_a_line_link_has_it():
     for document in ("PAPER.md",):
         bare = [name for name in re.findall(r"(?<!\[)`([^`\n]+)`", text(document)) if links.place(name)]
         assert bare == []
+        assert [title for title in titles(text(document)) if not links.place(title)] == []
 
 
 def test_every_equation_comment_of_the_code_is_linked_from_its_row():
@@ -371,6 +396,14 @@ def test_links_are_renewed_wherever_they_led(tmp_path):
     )
     assert links.linked(old, "../") == new
     assert links.linked(new, "../") == new
+
+
+def test_links_with_other_words_are_renewed_by_the_name_in_their_title():
+    """The words stay, the place changes; a title that names nothing stays, and a test of its own complains."""
+    line = next(n for n, x in enumerate(text("grpo.py").splitlines(), 1) if x.startswith("def iou("))
+    old = '[the overlap](x.py#L9 "grpo.iou"), [`iou`](#L1 "grpo.iou"), [none](x "grpo.nothing")'
+    new = f'[the overlap](../grpo.py#L{line} "grpo.iou"), [`iou`](../grpo.py#L{line} "grpo.iou"), [none](x "grpo.nothing")'
+    assert links.linked(old, "../") == links.linked(new, "../") == new
 
 
 def test_a_name_leads_into_its_room():
@@ -424,7 +457,7 @@ def test_table_12_is_complete_and_our_defaults_are_the_papers():
     compared = 0
     for name, (_, paper, ours, _) in table.items():
         assert code_names(ours) or LATER in ours or "no code" in ours, name
-        if ours.startswith("[`training.config.Config."):
+        if ours.startswith("[`Config."):
             compared += 1
             preset = getattr(config.PRESETS["paper"], quoted(ours)[0].rpartition(".")[2])
             assert (preset.rpartition("/")[2] if isinstance(preset, str) else preset) == value(paper), name

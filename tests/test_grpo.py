@@ -44,6 +44,15 @@ def test_eq_10_on_answer_b_of_table_8():
     assert iou({"surprise": 0.95, "fear": 0.75, "disgust": 0.6}, GOLD_A) == pytest.approx(0.291667, abs=1e-6)
 
 
+def test_eqs_8_to_10_on_table_10():
+    """Gold disgust .85, sadness .4 (sum 1.25) -> .68, .32. Answer A: anger .6, sadness .4 share sadness alone with it:
+    minimum .32, maxima .6 + .4 + .68 = 1.68; .32/1.68 = .190476, reward .290476. Answer B names neither: 0, .1."""
+    gold = {"disgust": 0.85, "sadness": 0.4}
+    assert iou({"anger": 0.6, "sadness": 0.4}, gold) == pytest.approx(0.190476, abs=1e-6)
+    assert reward({"anger": 0.6, "sadness": 0.4}, gold) == pytest.approx(0.290476, abs=1e-6)
+    assert (iou({"neutral": 0.8, "surprise": 0.3}, gold), reward({"neutral": 0.8, "surprise": 0.3}, gold)) == (0.0, 0.1)
+
+
 def test_eq_10_has_its_ends_at_0_and_1():
     """Disjoint sets: 0/2. Equal shares, whatever the scale: 1/1. One of two halves right: .5/1.5."""
     assert iou({"joy": 1.0}, {"anger": 1.0}) == 0.0

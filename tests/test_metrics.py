@@ -6,7 +6,7 @@ import torch
 import data
 from corpora.dialogue import Turn
 from data import Responder, Sample
-from training import metrics
+from training import metrics, records
 
 
 def answer(reward, consistency, tokens, parse, finished=True):
@@ -38,14 +38,15 @@ def test_a_step_by_hand():
     One of two groups has equal rewards, the same one equal consistencies. consistency: (1/3 + 0 + 2/3 + 2/3)/4 = .416667.
     Core on gold: joy on joy; joy, first of equals, not on anger. Right heaviest emotion: 1 of 4.
     Valid 3 of 4; entries (1 + 2 + 2)/3; least share (1 + .5 + .5)/3; tokens (4 + 6 + 2 + 2)/4 = 3.5; cut off 1 of 4.
-    All 3 valid answers have joy in front, gold has it in 1 of 2 groups.
+    All 3 valid answers have their keys in the order of Eq. 5 and joy in front, gold has it in 1 of 2 groups.
     """
     found = metrics.rollout_metrics(GROUPS)
     assert found == pytest.approx(
         {
             "reward/mean": 0.734091, "reward/original": 0.55, "reward/synthetic": 0.918182, "reward/iou": 0.659091,
             "reward/acc": 0.25, "reward/zero_std": 0.5, "consistency/mean": 0.416667, "consistency/zero_std": 0.5,
-            "consistency/core_on_gold": 0.5, "rule/rate": 0.75, "rule/unfinished": 0.25, "answer/entries": 1.666667,
+            "consistency/core_on_gold": 0.5, "rule/rate": 0.75, "rule/unfinished": 0.25, "answer/in_order": 1,
+            "answer/entries": 1.666667,
             "answer/min_share": 0.666667, "answer/top_emotion": 1, "gold/top_emotion": 0.5, "answer/tokens": 3.5,
             "answer/truncated": 0.25, "buffer/keep_rate": 0.5, "buffer/keep_rate/label/joy": 1,
             "buffer/keep_rate/label/anger": 0, "buffer/keep_rate/depth/0": 1, "buffer/keep_rate/depth/1": 0,
@@ -76,6 +77,18 @@ def test_a_group_that_failed_counts_in_the_rewards_and_hits_nothing():
     assert (found["reward/zero_std"], found["answer/truncated"], found["answer/entries"]) == (1, 1, 0)
     assert (found["answer/top_emotion"], found["gold/top_emotion"]) == (0, 1)
     assert "reward/synthetic" not in found
+
+
+def test_answers_in_the_order_of_eq_5_are_counted_among_the_valid_ones():
+    """Of four answers one is cut off; of the three that keep the rule two recognise, feel and reply in this order, the third
+    replies first: 2/3. Where no answer is valid, 0."""
+    parts = {"last": "'last_emotions': {'joy': 1}", "mine": "'my_emotions': {'joy': 1}", "reply": "'my_output': 'Oh.'"}
+    texts = [f"<think>So.</think>{{{', '.join(map(parts.get, order))}}}" for order in (
+        ("last", "mine", "reply"), ("reply", "last", "mine"), ("last", "mine", "reply"), ("last", "mine"))]  # fmt: skip
+    parses = [records.parse_record(data.parse_output(text, ["joy"])) for text in texts]
+    group = {**GROUPS[0], "answers": [answer(0, 0, 1, parse) for parse in parses]}
+    assert metrics.rollout_metrics([group])["answer/in_order"] == pytest.approx(2 / 3)
+    assert metrics.rollout_metrics([{**group, "answers": group["answers"][3:]}])["answer/in_order"] == 0
 
 
 def test_rewards_of_both_origins_stand_beside_their_mixture():

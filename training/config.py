@@ -26,72 +26,92 @@ class Config:
     """SELF-EMO: closed-loop optimisation (Algorithm 1). Defaults are the paper's (Table 12) where it names a value."""
 
     preset: Literal["paper", "toy", "small"] = "paper"
-    """Where the other values start from: the paper's setting, the offline toy world, a small pretrained model."""
+    """Where the other values start from: the paper's setting, the offline toy world, or a small pretrained model."""
     model: str = "Qwen/Qwen3-8B"  # Start model: Hugging Face folder or hub name of a chat model (Table 12).
-    data: Pairs = ()  # NAME=DIR, repeatable: meld, emorynlp, iemocap, or any other name for a folder of JSONL dialogues.
-    limit: Pairs = ()  # NAME=N, repeatable: only the first N training samples of a dataset after a seeded shuffle.
-    eval_limit: int = 0  # Samples of each dataset in an evaluation on dev, first N after a seeded shuffle; 0 = all.
-    test_limit: int = 0  # The same for the one evaluation on test at the end.
-    out: str = "runs/paper"  # Folder of the run.
+    data: Pairs = ()
+    """A dataset and its folder, NAME=DIR, repeatable. NAME is meld, emorynlp, iemocap, or any other name for a folder
+    of JSONL dialogues."""
+    limit: Pairs = ()  # NAME=N, repeatable: use only the first N training samples of a dataset after a seeded shuffle.
+    eval_limit: int = 0
+    """Samples per dataset in an evaluation on dev: the first so many after a seeded shuffle; 0 takes all."""
+    test_limit: int = 0
+    """Samples per dataset in the one evaluation on test, at the end: the first so many after a seeded shuffle; 0 takes
+    all."""
+    out: str = "runs/paper"  # Folder that the run writes into.
     resume: tyro.conf.FlagCreatePairsOff[bool] = False
     """Go on from the newest checkpoint in --out, or start if there is none."""
-    seed: int = 0  # Of every shuffle and every random stream.
+    seed: int = 0  # Decides every shuffle and every random number of the run.
     date: str = ""
-    """Date that a chat template shows, YYYY-MM-DD; default: the day the run starts, also when it goes on on another day."""
-    iterations: int = 3  # K of Algorithm 1, line 4 (D25: the paper's 3 epochs).
-    steps: int = 0  # RL steps S an iteration; 0 = ceil(|D0| / batch_prompts) (D7).
-    batch_prompts: int = 64  # Prompts an RL step (Table 12: train_batch_size).
-    n: int = 8  # Answers to each prompt (Table 12: rollout.n).
-    mini_batch_prompts: int = 32  # Prompts an optimizer step (Table 12: ppo_mini_batch_size).
+    """Date that a chat template shows, YYYY-MM-DD. Without it: the day on which the run first starts, also when it
+    is resumed later."""
+    iterations: int = 3  # Iterations K of Algorithm 1, line 4; each is an RL stage and a retraining (D25).
+    steps: int = 0  # RL steps S per iteration; 0 takes as many as draw each original prompt once (D7).
+    batch_prompts: int = 64  # Prompts per RL step (Table 12: train_batch_size).
+    n: int = 8  # Answers per prompt, which form a group (Table 12: rollout.n).
+    mini_batch_prompts: int = 32  # Prompts per optimizer step of the RL stage (Table 12: ppo_mini_batch_size).
     micro_batch: int = 16
-    """Answers in one forward and backward; changes memory, never the result (Table 12: ppo_micro_batch_size)."""
-    max_prompt_tokens: int = 4096  # Longer prompts are dropped and counted (Table 12).
-    max_new_tokens: int = 8192  # Tokens of an answer at most; a truncated one fails the rule (Table 12, D20).
-    temperature: float = 1.0  # Of the rollouts, and of every log-prob in the loss (D19).
-    eval_temperatures: tuple[float, ...] = (0.0,)  # Temperatures of an evaluation; 0 = greedy.
-    lr: float = 1e-6  # AdamW in the RL stages, constant (Table 12).
-    cold_start_lr: float = 1e-5  # AdamW in the cold start (D26).
-    sft_lr: float = 1e-6  # AdamW in the retraining of line 18 (D26).
-    sft_batch: int = 64  # Answers an optimizer step of supervised fine-tuning (D26).
-    clip_eps: float = 0.2  # Epsilon of Eq. 14 (D4: not given in the paper).
-    kl_coef: float = 0.001  # Beta of the KL to the iteration's reference (Table 12, D6).
+    """Answers per forward and backward; changes memory and time, never the result (Table 12: ppo_micro_batch_size)."""
+    max_prompt_tokens: int = 4096  # Prompts with more tokens are dropped and counted (Table 12: max_prompt_length).
+    max_new_tokens: int = 8192
+    """An answer is cut off after so many tokens, and then breaks the rule (Table 12: max_response_length, D20)."""
+    temperature: float = 1.0  # Temperature of the sampled answers, and of every log-prob in the RL loss (D19).
+    eval_temperatures: tuple[float, ...] = (0.0,)
+    """Temperatures at which an evaluation answers; 0 is greedy, the likeliest token each time."""
+    lr: float = 1e-6  # Constant learning rate of AdamW in the RL stages (Table 12).
+    cold_start_lr: float = 1e-5  # Learning rate of AdamW in the cold start, line 3 of Algorithm 1 (D26).
+    sft_lr: float = 1e-6  # Learning rate of AdamW in the retraining, line 18 of Algorithm 1 (D26).
+    sft_batch: int = 64  # Answers per optimizer step of supervised fine-tuning, in cold start and retraining (D26).
+    clip_eps: float = 0.2  # Clip range epsilon of Eq. 14, for which the paper gives no value (D4).
+    kl_coef: float = 0.001
+    """Weight beta, in the RL loss, of the KL to the policy at the start of the RL stage (Table 12: kl_loss_coef, D6)."""
     ratio: Literal["token", "sequence"] = "token"
-    """One importance ratio a token, or one a sequence as Eq. 14 is written (D2)."""
+    """Importance ratio of Eq. 14: one per token, or one per answer as Eq. 14 is written (D2)."""
     loss_mean: Literal["token", "sequence"] = "token"
-    """Every token counts the same, or every answer as Eq. 14 is written (D3)."""
-    self_grpo: Switch = True  # false: lambda = 0, plain GRPO; consistency is still logged (Table 2, D27).
-    self_play: Switch = True  # false: lines 12-18 are skipped (Table 2, D27).
+    """What counts the same in the RL loss: every token, or every answer as Eq. 14 is written (D3)."""
+    self_grpo: Switch = True
+    """Reward answers that name what their group names (Eq. 12). false: lambda = 0, plain GRPO; the consistency is still
+    logged (Table 2, D27)."""
+    self_play: Switch = True
+    """Make new samples of the best answers and retrain on them. false: lines 12-18 of Algorithm 1 are skipped (Table 2,
+    D27)."""
     cold_start: Literal["self", "dataset", "expert", "none"] = "self"
-    """Line 3 learns from the start model's own valid answers, from templates of the gold turns, from those of --expert, or
-    not at all (D17)."""
-    expert: Pairs = ()  # For --cold_start expert: endpoint (https://host/v1) or Hugging Face folder, repeatable (Eq. 4).
+    """What the cold start (line 3) learns: the start model's own valid answers, templates made of the gold turns, the
+    answers of --expert, or nothing (D17)."""
+    expert: Pairs = ()
+    """For --cold_start expert: the endpoint (https://host/v1) or Hugging Face folder of an expert, repeatable."""
     expert_model: Pairs = ()
-    """Model name at an endpoint, one a URL, in order; the key is in the environment: OPENAI_API_KEY."""
+    """Model name at an endpoint: one per URL of --expert, in the same order. The key is in the environment:
+    OPENAI_API_KEY."""
     retrain_from: Literal["current", "base"] = "current"
-    """Line 18 goes on from the model after RL, or starts from the start model again (D13)."""
-    keep_reward: float = 0.6  # Least reward of an answer that becomes a new sample (D11).
-    gold: str = ""  # JSONL of sample id and weights that replaces gold labels (D14).
-    soft_labels: Switch = False  # Annotators' votes as gold, where a release has them (D14).
+    """Which model the retraining (line 18) trains: the one after RL, or the start model again (D13)."""
+    keep_reward: float = 0.6  # Least reward (Eq. 8) of an answer that becomes a new sample (D11).
+    gold: str = ""  # JSONL file of sample ids and emotion weights, which replace the datasets' labels (D14).
+    soft_labels: Switch = False  # Take annotators' votes as gold weights, where a release has them (D14).
     label_noise: float = 0.0
     """Share of training labels, in [0, 1), that are made wrong: another label of the dataset takes the place of the heaviest
     one, by a seeded draw per label. Dev and test stay clean (an experiment of ours: python -m tools.ablate noise)."""
     drop_overlap: Switch = False  # Leave out training dialogues that share lines with a test dialogue (D24).
-    originals: int = 0  # Original samples in D0, first N of a seeded shuffle over all datasets; 0 = all (Table 2, D27).
-    max_synthetic: int = 0  # Newest N synthetic samples in the buffer; 0 = all (Table 2, D27).
-    personas: str = ""  # JSONL of persona sentences (Eq. 4); without it prompts have none.
+    originals: int = 0
+    """Original samples in D0: the first so many of a seeded shuffle over all datasets; 0 takes all (Table 2, D27)."""
+    max_synthetic: int = 0  # Keep only the newest so many synthetic samples in the buffer; 0 keeps all (Table 2, D27).
+    personas: str = ""  # JSONL file of persona sentences (Eq. 4); without it prompts have none.
     persona_scope: Literal["none", "context", "dialogue"] = "none"
-    """Personas of dev and test: none, from the context, or from the whole dialogue as the paper, which looks ahead (D28)."""
-    prompts: str = ""  # JSON that replaces the wording of the prompts (D16).
+    """Personas in the prompts of dev and test: none, those made from a sample's context, or those made from the whole
+    dialogue, as in the paper, which thereby looks ahead (D28)."""
+    prompts: str = ""  # JSON file that replaces the wording of the prompts (D16).
     context: Literal["labelled", "all"] = "labelled"
-    """Turns of IEMOCAP in the context: labelled ones as the benchmarks, or all."""
+    """Which turns of IEMOCAP a prompt shows: those with a label, as the benchmarks do, or all."""
     kv_budget: int = 0
-    """Bytes for keys and values in generation; 0 = half of the device's memory (Table 12: gpu_memory_utilization)."""
+    """Bytes for keys and values while answers are sampled; 0 takes half of the device's memory (Table 12:
+    gpu_memory_utilization)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """What learns, scores and samples is computed in; weights, moments and log-probs stay float32. auto: bfloat16 on a GPU,
-    float32 on a CPU, where bfloat16 pays only with its instructions (AVX512-BF16, AMX)."""
-    ref_offload: Switch = True  # Keep the reference in main memory between its layers' turns (Table 12: ref.param_offload).
+    """Number type in which the model computes when it learns, scores and samples; weights, moments and log-probs stay
+    float32. auto: bfloat16 on a GPU, float32 on a CPU, where bfloat16 pays only with its instructions (AVX512-BF16,
+    AMX)."""
+    ref_offload: Switch = True
+    """Keep the reference policy of the KL in main memory between its layers' turns (Table 12: ref.param_offload)."""
     activation_checkpointing: Switch = True
-    """Keep of every block only its input in a forward and compute the rest again in backward: less memory, more time."""
+    """Keep only the input of every block in a forward and compute the rest again in backward: less memory, more time."""
     compile: Switch = False
     """torch.compile for the blocks that learn; on a GPU, CUDA graphs for decode steps. Not run on a GPU yet."""
     eval_every: int = 10  # RL steps between evaluations on dev (Table 12: test_freq); each stage begins with one anyway.

@@ -1,8 +1,8 @@
 """A run folder: what a run writes, so that nothing is lost whatever happens, and how it goes on.
 
-    config.json          the settings, the schedule (S steps an iteration, T in all), versions
-    metrics.jsonl        a line a step, a stage's end, an evaluation
-    rollouts/            iteration-K.jsonl, a line a group: all that an audit needs
+    config.json          the settings, the schedule (S steps per iteration, T in all), versions
+    metrics.jsonl        a line per step, end of a stage and evaluation
+    rollouts/            iteration-K.jsonl, a line per group: all that an audit needs
     buffer.jsonl         a line a kept answer and the new sample made of it, in the order of the steps
     cold_start.jsonl     the answers of the cold start; cold_start/, the weights after it; cold_start.parts/ until then
     selfemo_test.jsonl   the frozen SELF-EMO test split (D23)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from common.text import small, words
-from data import Sample, heaviest
+from data import KEYS, Sample, heaviest
 from grpo import iou, low_var_kl
 
 Record = Mapping[str, Any]
@@ -46,6 +46,7 @@ def rollout_metrics(records: Sequence[Record]) -> dict[str, float]:
         "consistency/core_on_gold": mean(heaviest(r["core"]) == heaviest(r["gold"]) for r in records),
         "rule/rate": len(valid) / len(answers),
         **{f"rule/{reason}": n / len(answers) for reason, n in failed.items()},
+        "answer/in_order": mean(tuple(parse)[-len(KEYS):] == KEYS for parse in valid),
         "answer/entries": mean(map(len, shares)),
         "answer/min_share": mean(map(min, shares)),
         "answer/top_emotion": max(named.values(), default=0) / max(1, len(valid)),

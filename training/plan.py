@@ -153,7 +153,7 @@ def estimate(cfg: Config, config: PretrainedConfig, place: Place) -> Plan:
 def kv_bytes(cfg: Config, config: Any, place: Place) -> int:
     """Keys and values at most: the budget, or less where all rows at their longest need less."""
     prompts = -(-cfg.batch_prompts // place.ranks)
-    evaluated = cfg.eval_limit or MAX_ROWS  # one answer a prompt
+    evaluated = cfg.eval_limit or MAX_ROWS  # one answer per prompt
     S, T = cfg.max_prompt_tokens, cfg.max_new_tokens
     sizes = [largest(many, n, MAX_ROWS, S, T) for many, n in ((prompts, cfg.n), (evaluated, 1))]
     return min(max(cache_bytes(config, place.c, size) for size in sizes), cfg.kv_budget or place.memory // 2)

@@ -36,13 +36,13 @@ class ScoredGroup:
 
 
 def parse_record(parse: Output | Failure) -> Record:
-    """What a rollout record says of a parsed answer; `reason` is null where the rule holds."""
+    """What a rollout record says of a parsed answer, its three keys in the answer's own order; `reason` is null where the
+    rule holds."""
     if isinstance(parse, Failure):
         return {"reason": parse.reason, "detail": parse.detail}
-    return {
-        "reason": None, "last_emotions": dict(parse.last_emotions), "my_emotions": dict(parse.my_emotions),
-        "my_output": parse.my_output,
-    }
+    said = {"last_emotions": dict(parse.last_emotions), "my_emotions": dict(parse.my_emotions), "my_output": parse.my_output}
+    order = sorted(said, key=lambda key: parse.spans.get(key, (0, 0)))
+    return {"reason": None, **{key: said[key] for key in order}}
 
 
 def group_record(

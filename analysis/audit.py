@@ -81,7 +81,7 @@ def originals(config: Record, data_at: Mapping[str, str]) -> tuple[dict[str, Sam
         roots = pairs("data", cfg.data)
         if unknown := set(data_at) - set(roots):
             raise UserError(f"--data names {', '.join(sorted(unknown))}: the run learned from {', '.join(roots) or 'none'}")
-        splits = read_samples(cfg, roots | data_at)
+        splits = read_samples(cfg, {**roots, **data_at})
     except (UserError, OSError) as error:
         if data_at:
             raise

@@ -5,21 +5,25 @@ import statistics
 import sys
 
 
-def shares(row, kind, labels):
+Row = dict[str, str]
+
+
+def shares(row: Row, kind: str, labels: list[str]) -> dict[str, float]:
     raw = {e: float(row[f"{kind} {e}"]) for e in labels if row[f"{kind} {e}"]}
     return {e: raw[e] / sum(raw.values()) for e in raw}
 
 
-def z(values):
+def z(values: list[float]) -> list[float]:
     return [(x - statistics.mean(values)) / (statistics.stdev(values) + 1e-6) for x in values]
 
 
-def mistakes(path):
+def mistakes(path: str) -> list[tuple[str, ...]]:
     """(step, sample, answer, what is written otherwise) of every number that a group does not add up to."""
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     labels = [name[5:] for name in rows[0] if name.startswith("gold ")]
-    groups, found = {}, []
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    found = []
     for row in rows:
         groups.setdefault((row["step"], row["group"], row["lam"]), []).append(row)
     for (step, _, lam), part in groups.items():

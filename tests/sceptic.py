@@ -4,7 +4,6 @@ import csv
 import statistics
 import sys
 
-
 Row = dict[str, str]
 
 
@@ -23,7 +22,7 @@ def mistakes(path: str) -> list[tuple[str, ...]]:
         rows = list(csv.DictReader(file))
     labels = [name[5:] for name in rows[0] if name.startswith("gold ")]
     groups: dict[tuple[str, ...], list[Row]] = {}
-    found = []
+    found: list[tuple[str, ...]] = []
     for row in rows:
         groups.setdefault((row["step"], row["group"], row["lam"]), []).append(row)
     for (step, _, lam), part in groups.items():

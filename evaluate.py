@@ -34,7 +34,7 @@ from analysis.table1 import averaged, rendered, spread, summary
 from analysis.trying import try_command
 from common.errors import UserError, command
 from common.files import build_records, jsonl, write_atomically
-from common.flags import Switch
+from common.flags import Pairs, Switch, pairs
 from common.hub import enough_memory
 from data import Completion, Failure, Output, Sample, heaviest
 from engine.batches import my_micro_batches
@@ -175,6 +175,7 @@ def on_sets(
 ) -> None:
     """One line of metrics: every set at every temperature, `name/<set>/acc` and so on, `@T` beside the first one."""
     values: dict[str, Any] = {"when": when}
+    rows = list[dict[str, Any]]()
     for temperature in task.cfg.eval_temperatures:
         mark = "" if temperature == task.cfg.eval_temperatures[0] else f"@{temperature:g}"
         for label, samples in sets.items():
@@ -183,9 +184,18 @@ def on_sets(
                 answers = [g[0] for g in answer(task, policy, samples, n=1, temperature=temperature, step=EVALUATION)]
                 values |= score(samples, [a.parse for a in answers]).metrics(f"{name}/{label}{mark}/")
                 values |= task_entropies(task, policy, samples, answers, f"{name}/{label}{mark}/entropy/")
+                head = {"step": t, "iteration": k, "when": when, "set": f"{name}/{label}{mark}"}
+                rows += [head | answer_record(s, a) for s, a in zip(samples, answers, strict=True)]
+    run.append(f"evaluations/iteration-{k}.jsonl", rows)
     run.log("eval", k, values, t)
     shown = [f"{n} {v:.3f}" for n, v in values.items() if n.endswith(("/acc", "/iou", "/rule_rate"))]
     run.say(f"{when}: {', '.join(shown)}")
+
+
+def answer_record(sample: Sample, said: Completion) -> dict[str, Any]:
+    """What evaluations/ keeps of an answer: all that its score follows from."""
+    asked = {"sample_id": sample.id, "labels": list(sample.labels), "gold": dict(sample.gold)}
+    return {**asked, "text": said.text, "finished": said.finished}
 
 
 def self_emo_test(run: Run, task: Task, policy: Policy) -> list[Sample]:
@@ -352,20 +362,29 @@ def score_command(command: tyro.conf.OmitArgPrefixes[ScoreCommand]) -> int:
 # The audit command
 
 
-def audit_command(run: tyro.conf.Positional[Path], show: str | None = None, markdown: Switch = False) -> int:
-    """Recompute every reward, consensus, advantage and selection of a run; exit 1 and say where if one differs.
+def audit_command(
+    run: tyro.conf.Positional[Path], show: str | None = None, markdown: Switch = False, data: Pairs = (),
+    csv: Path | None = None,
+) -> int:  # fmt: skip
+    """Recompute what follows from the answers of a run: rewards, consensus, advantages, selections, metrics, the scores of
+    its evaluations. Exit 1 and say where if one differs. docs/measuring.md lists what an audit cannot see.
 
     Args:
         run: Folder of the run.
         show: Sample id: print how its rewards and advantages come about instead.
         markdown: With --show: as a chapter from text to gradient (docs/by-hand.md). tools.replay measures the update.
+        data: NAME=DIR of a dataset that is not where the run found it; repeatable. Gold and prompts are compared with it.
+        csv: Write every number of the groups there instead, of all or of --show, for a spreadsheet.
     """
     if markdown and show is None:
         raise UserError("--markdown true goes with --show SAMPLE_ID")
+    if csv is not None:
+        write_atomically(csv, audit.as_csv(run, show))
+        return 0
     if show is not None:
         print(byhand.chapter(run, show) if markdown else audit.show(run, show), end="" if markdown else "\n")
         return 0
-    findings = audit.audit(run)
+    findings = audit.audit(run, data_at=pairs("data", data), score=lambda asked, parses: score(asked, parses).metrics())
     for problem in findings.problems:
         print(problem)
     print(findings.summary)

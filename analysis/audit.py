@@ -2,8 +2,8 @@
 
 It reads RUN/config.json, RUN/rollouts/iteration-K.jsonl and RUN/buffer.jsonl, uses the functions of grpo.py and data.py
 that training used, and compares exactly. Where RUN/model holds a tokenizer, token ids are decoded too, and where the data is
-still there, prompts are rendered again, and gold is read again with the noise of --label_noise. `show` works a group out
-line by line. The command is `python evaluate.py audit RUN [--show SAMPLE_ID]`.
+still there, prompts are rendered again. `show` works a group out line by line. The command is
+`python evaluate.py audit RUN [--show SAMPLE_ID]`.
 """
 
 import math
@@ -13,9 +13,13 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 import data
+from analysis import sheet
+from analysis.totals import UNREADABLE, Scoring, Totals, against_data
 from common.errors import UserError, reason
 from common.files import Record, numbered, read_json
 from common.flags import pairs
@@ -29,7 +33,6 @@ from training.records import digest, parse_record, parted, sample_from_record, s
 from training.task import read_samples
 
 STRANGERS = (Turn("a stranger", "-"), Turn("another stranger", "-"))  # for a context that the run did not keep
-UNREADABLE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)  # what a damaged record may raise
 
 Check = Callable[[Record], Iterator[str]]
 
@@ -42,24 +45,49 @@ class Findings:
     summary: str
 
 
-def audit(run: Path) -> Findings:
-    """Check a run folder. Raises `UserError` where it is no run, has no rollouts, or a line is not JSON."""
+def audit(run: Path, *, data_at: Mapping[str, str] | None = None, score: Scoring | None = None) -> Findings:
+    """Check a run folder. `data_at`: dataset -> folder, where the data is not where the run found it; `score` scores the
+    answers of an evaluation. Raises `UserError` where it is no run, has no rollouts, or a line is not JSON."""
     config, records = read_json(run / "config.json"), rollouts(run)
     check_settings(run, config)
-    kept, damaged = BufferFile(run), damage(run)
-    (rendered, silent), decoded = renderer(run, config, kept), decoder(run)
-    checks = [check for check in (decoded, rendered) if check]
+    kept, damaged, totals = BufferFile(run), damage(run), Totals(run, score)
+    samples, unread = originals(config, data_at or {})
+    (rendered, silent), decoded = renderer(run, config, kept, samples, unread), decoder(run)
+    checks = [check for check in (decoded, rendered, partial(against_data, samples=samples) if samples else None) if check]
     problems, heads = list(damaged or []), list[tuple[str, Record]]()
-    for where, record in records:  # one at a time: all of them may be larger than memory
-        problems += [f"{where}: {problem}" for problem in examine(record, config, kept, checks)]
-        heads.append((where, {name: record.get(name) for name in ("step", "weights_version", "iteration", "why")}))
-    problems += [*order(heads, config), *kept.left()]
+    # One step at a time: all of them may be larger than memory.
+    for step, part in groupby(records, key=lambda found: found[1].get("step")):
+        group = list(part)
+        for where, record in group:
+            problems += [f"{where}: {problem}" for problem in examine(record, config, kept, checks)]
+            heads.append((where, {name: record.get(name) for name in ("step", "weights_version", "iteration", "why")}))
+        problems += totals.step(step, [record for _, record in group], lambda t: expected_lam(t, config))
+    problems += [*order(heads, config), *kept.left(), *totals.end(kept.children, samples)]
     text = f"{len(heads)} groups of {config['n']} answers, {kept.used} kept: {len(problems)} differences"
+    text += f"; {totals.compared} numbers of metrics.jsonl compared" if totals.compared else ""
     trusted = sum(head["why"] in ("responder", "length") for _, head in heads)
     text += f"; not recomputed: {trusted} refusals for prompt length or want of a responder" if trusted else ""
+    text += "".join(f"; {line}" for line in totals.silent)
     text += "" if damaged is not None else "; files not compared with a checkpoint (none that knows their SHA-256)"
+    text += "" if samples else f"; gold not compared with data ({unread})"
     text += "" if decoded else f"; token ids not decoded (no tokenizer in {run / 'model'})"
     return Findings(tuple(problems), text if rendered else f"{text}; prompts not rendered again ({silent})")
+
+
+def originals(config: Record, data_at: Mapping[str, str]) -> tuple[dict[str, Sample] | None, str]:
+    """The samples of the run's data by id, or None and why not. Raises `UserError` where the user gave its folder."""
+    cfg = of_run(config)
+    try:
+        roots = pairs("data", cfg.data)
+        if unknown := set(data_at) - set(roots):
+            raise UserError(f"--data names {', '.join(sorted(unknown))}: the run learned from {', '.join(roots) or 'none'}")
+        splits = read_samples(cfg, {**roots, **data_at})
+    except (UserError, OSError) as error:
+        if data_at:
+            raise
+        return None, reason(error)
+    found = {sample.id: sample for samples in splits.values() for sample in samples}
+    return found or None, "config.json names none"
 
 
 # Reading a run
@@ -106,6 +134,7 @@ class BufferFile:
     def __init__(self, run: Path) -> None:
         self.rows: defaultdict[tuple[int, str], deque[Record]] = defaultdict(deque)
         self.made: dict[str, Sample] = {}
+        self.children: list[tuple[int, Sample]] = []
         self.used = 0
         for where, row in lines(run / "buffer.jsonl"):
             try:
@@ -114,6 +143,7 @@ class BufferFile:
             except (LookupError, TypeError, AttributeError) as error:
                 raise UserError(f"{run / where} is not a kept answer: {error}") from None
             self.made[child.id] = child
+            self.children.append((row["iteration"], child))
 
     def take(self, record: Record) -> Record | None:
         """The line that belongs to a record with a selected answer."""
@@ -149,20 +179,22 @@ def decoder(run: Path) -> Check | None:
     return check
 
 
-def renderer(run: Path, config: Record, kept: BufferFile) -> tuple[Check | None, str]:
-    """The check of prompts and gold against the data and the run's own tokenizer, or None and why that cannot be."""
+def renderer(
+    run: Path, config: Record, kept: BufferFile, samples: Mapping[str, Sample] | None, unread: str
+) -> tuple[Check | None, str]:
+    """The check of prompts against what the run's own tokenizer writes again, or None and why that cannot be."""
     cfg, folder = of_run(config), run / "model"
     if not (folder / "tokenizer_config.json").exists():
         return None, f"no tokenizer in {folder}"
     if not cfg.date:
         return None, "an earlier version kept no date"
+    if samples is None:
+        return None, unread
     try:
         prompts = data.read_prompts(Path(cfg.prompts)) if cfg.prompts else data.DEFAULT
-        splits = read_samples(cfg, pairs("data", cfg.data))
     except (UserError, OSError) as error:
         return None, reason(error)
     tokenizer = load_tokenizer(folder)
-    samples = {sample.id: sample for (_, split), found in splits.items() if split == "train" for sample in found}
 
     def check(record: Record) -> Iterator[str]:
         sample = samples.get(record["sample_id"]) or kept.made.get(record["sample_id"])
@@ -170,8 +202,6 @@ def renderer(run: Path, config: Record, kept: BufferFile) -> tuple[Check | None,
             yield f"sample_id: {record['sample_id']} is in no data of the run"
         elif said := parted(tokenizer, record["prompt_ids"], data.encode(tokenizer, sample, prompts, cfg.date)[0]):
             yield f"prompt_ids: {said}"
-        if sample is not None and not sample.depth:  # that of new samples follows from the answer that made them
-            yield from compare(record, {"gold": dict(sample.gold)})
 
     return check, ""
 
@@ -313,6 +343,16 @@ def show(run: Path, sample_id: str) -> str:
         return "\n\n".join("\n".join(derivation(record)) for record in groups_of(run, sample_id))
 
 
+def as_csv(run: Path, sample_id: str | None) -> str:
+    """The groups of one sample, or all, as a CSV file. Raises `UserError` where there is none, or a record is damaged."""
+
+    def records() -> Iterator[Record]:
+        yield from groups_of(run, sample_id) if sample_id else (record for _, record in rollouts(run))
+
+    with readable(run, sample_id or "the run"):
+        return sheet.table(sheet.columns(records()), sheet.rows(records()))
+
+
 def groups_of(run: Path, sample_id: str) -> list[Record]:
     """The records of one sample. Raises `UserError` if there is none."""
     found = [record for _, record in rollouts(run) if record.get("sample_id") == sample_id]
@@ -385,5 +425,8 @@ def advantage_lines(record: Record) -> Iterator[str]:
         yield f"{symbol}: {', '.join(f'{v:.6f}' for v in values)}; mean {mean:.6f}, standard deviation {std:.6f}"
     yield f"advantages (Eq. 13), lambda {record['lam']:.6f}, {STD_EPS} added to both deviations; equal values give 0"
     for answer in record["answers"]:
-        parts = [f"({x[0][answer['index']]:.6f} - {x[1]:.6f})/{x[2]:.6f}" for x in terms]
+        parts = [
+            "0 (all equal, D5)" if min(values) == max(values) else f"({values[answer['index']]:.6f} - {mean:.6f})/{std:.6f}"
+            for values, mean, std in terms
+        ]
         yield f"  A{answer['index']} = {parts[0]} + {record['lam']:.6f} * {parts[1]} = {answer['advantage']:.6f}"

@@ -490,7 +490,7 @@ def accepted():
         "evaluate.py score": fields("analysis.scoring", "ScoreCommand"),
         "evaluate.py judge": fields("analysis.judge", "JudgeCommand"),
         "evaluate.py personas": fields("analysis.clusters", "PersonasCommand"),
-        "evaluate.py audit": {"show", "markdown"},
+        "evaluate.py audit": arguments("evaluate", "audit_command"),
         "evaluate.py try": fields("analysis.trying", "TryCommand"),
         "data.py stats": arguments("data", "stats"),
         "data.py download": arguments("corpora.download", "download"),
@@ -634,7 +634,8 @@ def test_every_metric_has_a_meaning():
 
 def test_files_of_a_run_are_those_that_are_listed(finished):
     listed = {part for cells in rows(section("docs/runs.md", "# A run folder")) for part in quoted(cells[0])}
-    tops = {name.partition("/")[0] for name in listed if "/" not in name.rstrip("/") or name.startswith("rollouts/")}
+    inside = ("rollouts/", "evaluations/")
+    tops = {name.partition("/")[0] for name in listed if "/" not in name.rstrip("/") or name.startswith(inside)}
     assert {path.name for path in finished.iterdir()} - {"tensorboard"} <= {name.rstrip("/") for name in tops}
     missing = {n for n in listed if re.fullmatch(r"[\w]+\.(json|jsonl|safetensors)", n) and not (finished / n).exists()}
     assert missing == {"expert.jsonl", "judge.jsonl"}  # this run asked no expert and no judge

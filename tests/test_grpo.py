@@ -39,8 +39,17 @@ def test_eq_10_on_answer_a_of_table_8():
 
 
 def test_eq_10_on_answer_b_of_table_8():
-    """Surprise .95, fear .75, disgust .6 (sum 2.3) -> .413043, .326087, .260870; gold as above.
-    Minima: surprise .290323, fear .161290 = .451613; maxima 2 - .451613 = 1.548387: .291667."""
+    """The weights of answer B sum to .95 + .75 + .6 = 2.3, those of gold to 1.55.
+
+    | emotion  | answer          | gold             | smaller | larger   |
+    | surprise | .95/2.3 .413043 | .45/1.55 .290323 | .290323 | .413043  |
+    | fear     | .75/2.3 .326087 | .25/1.55 .161290 | .161290 | .326087  |
+    | disgust  | .60/2.3 .260870 | 0                | 0       | .260870  |
+    | neutral  | 0               | .85/1.55 .548387 | 0       | .548387  |
+    | sum      | 1               | 1                | .451613 | 1.548387 |
+
+    IOU = .451613 / 1.548387 = .291667.
+    """
     assert iou({"surprise": 0.95, "fear": 0.75, "disgust": 0.6}, GOLD_A) == pytest.approx(0.291667, abs=1e-6)
 
 
@@ -129,8 +138,17 @@ def test_a_group_that_failed_has_no_core_and_earns_nothing():
 
 
 def test_eq_13_on_a_group_of_four():
-    """Mean .45, deviations .65 .15 -.35 -.45, squares .77, std sqrt(.77/3) = .506623. Consistency: mean 1/3,
-    std sqrt((2/9)/3) = .272166. z of the second: 1.283003 = .65/.506624; .296080 + .5 * 1.224740 = .908448."""
+    """Mean of r: 1.8/4 = .45. Mean of r2: (1/3 + 2/3 + 1/3 + 0)/4 = 1/3. 1e-6 is added to both deviations (D5).
+
+    | answer | r   | r - .45 | square | z = / .506624 | r2  | r2 - 1/3 | square | z2 = / .272167 | z + .5 * z2 |
+    | first  | 1.1 | .65     | .4225  | 1.283003      | 1/3 | 0        | 0      | 0              | 1.283003    |
+    | second | .6  | .15     | .0225  | .296078       | 2/3 | 1/3      | 1/9    | 1.224740       | .908448     |
+    | third  | .1  | -.35    | .1225  | -.690848      | 1/3 | 0        | 0      | 0              | -.690848    |
+    | fourth | 0   | -.45    | .2025  | -.888233      | 0   | -1/3     | 1/9    | -1.224740      | -1.500603   |
+    | sum    | 1.8 | 0       | .77    |               | 4/3 | 0        | 2/9    |                | 0           |
+
+    Deviations: sqrt(.77/3) = .506623 and sqrt((2/9)/3) = .272166.
+    """
     adv = advantages(t64([[1.1, 0.6, 0.1, 0.0]]), t64([[1 / 3, 2 / 3, 1 / 3, 0.0]]), 0.5)
     assert adv.dtype == F64
     assert adv.tolist()[0] == pytest.approx([1.283003, 0.908448, -0.690848, -1.500603], abs=1e-6)
@@ -205,8 +223,18 @@ def test_a_custom_of_padding_has_no_way_back_at_lambda_1(lam_, exact, padded):
 
 
 def test_property_wrong_consensus():
-    """Gold anger, six of eight agree on joy, surprise, neutral, which become the core (anger 1.8 < joy 3.6 but enters:
-    core joy 3.6, anger 1.8, neutral 1.2). At lambda 1 the wrong ones stay above 0, the near-right one below."""
+    """Gold is anger, and six of eight answers say joy .6, surprise .2, neutral .2. Sums of shares: joy 6 * .6 = 3.6; anger
+    .8 + 1 = 1.8; neutral and surprise 6 * .2 = 1.2, where n comes before s; disgust .2. So the core is joy, anger, neutral.
+
+    | answer                  | IOU           | r       | z         | named        | r2  | z2        | z + z2   |
+    | six wrong ones          | 0/2           | .1      | -.526210  | joy, neutral | 2/3 | .540058   | .013848  |
+    | {anger .8, disgust .2}  | .8/1.2 = 2/3  | .766667 | 1.157663  | anger        | 1/3 | -1.620175 | -.462512 |
+    | {anger 1}               | 1/1           | 1.1     | 1.999599  | anger        | 1/3 | -1.620175 | .379425  |
+
+    Mean of r 2.466667/8 = .308333, deviation .395911; mean of r2 4.666667/8 = .583333, deviation .154303; 1e-6 is added to
+    both. At lambda 1 the six wrong answers are praised a little, and the nearly right one, {anger .8, disgust .2}, is
+    blamed; {anger 1} is praised.
+    """
     group = [{"joy": 0.6, "surprise": 0.2, "neutral": 0.2}] * 6 + [{"anger": 0.8, "disgust": 0.2}, {"anger": 1.0}]
     assert list(core_emotions(group)) == ["joy", "anger", "neutral"]
     adv = advantages([[reward(p, {"anger": 1.0}) for p in group]], [consistency(group)], 1.0)[0].tolist()

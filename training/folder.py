@@ -3,6 +3,7 @@
     config.json          the settings, the schedule (S steps per iteration, T in all), versions
     metrics.jsonl        a line per step, end of a stage and evaluation
     rollouts/            iteration-K.jsonl, a line per group: all that an audit needs
+    evaluations/         iteration-K.jsonl, a line per answer of every evaluation
     buffer.jsonl         a line a kept answer and the new sample made of it, in the order of the steps
     cold_start.jsonl     the answers of the cold start; cold_start/, the weights after it; cold_start.parts/ until then
     selfemo_test.jsonl   the frozen SELF-EMO test split (D23)
@@ -86,7 +87,8 @@ class Run:
         self.learner: Learner | None = None
         self.board = tensorboard(out) if rank() == 0 else None
         self.started = time.monotonic()
-        for path in [out / "metrics.jsonl", out / "buffer.jsonl", *sorted((out / "rollouts").glob("*.jsonl"))]:
+        parts = [path for room in ("rollouts", "evaluations") for path in (out / room).glob("*.jsonl")]
+        for path in [out / "metrics.jsonl", out / "buffer.jsonl", *parts]:
             if rank() == 0 and path.exists():
                 os.truncate(path, self.offsets.get(str(path.relative_to(out)), 0))
         wait()

@@ -162,21 +162,22 @@ def parse_lenient(text: str, labels: Sequence[str]) -> Parse:
 # Inside a run
 
 
-def on_dev(run: Run, task: Task, policy: Policy, k: int, t: int, when: str) -> None:
-    """Scores on dev and, once there is one, on the SELF-EMO test split (D23)."""
+def on_dev(run: Run, task: Task, policy: Policy, k: int, t: int, when: str, *, temperatures: Sequence[float] = ()) -> None:
+    """Scores on dev and, once there is one, on the SELF-EMO test split (D23); at all temperatures, or at these."""
     sets = group_by_dataset(task.dev)
     if run.position.stage > 0:
         sets["selfemo"] = self_emo_test(run, task, policy)
-    on_sets(run, task, policy, sets, k, t, "eval", when)
+    on_sets(run, task, policy, sets, k, t, "eval", when, temperatures or task.cfg.eval_temperatures)
 
 
 def on_sets(
-    run: Run, task: Task, policy: Policy, sets: Mapping[str, Sequence[Sample]], k: int, t: int, name: str, when: str
-) -> None:
+    run: Run, task: Task, policy: Policy, sets: Mapping[str, Sequence[Sample]], k: int, t: int, name: str, when: str,
+    temperatures: Sequence[float],
+) -> None:  # fmt: skip
     """One line of metrics: every set at every temperature, `name/<set>/acc` and so on, `@T` beside the first one."""
     values: dict[str, Any] = {"when": when}
     rows = list[dict[str, Any]]()
-    for temperature in task.cfg.eval_temperatures:
+    for temperature in temperatures:
         mark = "" if temperature == task.cfg.eval_temperatures[0] else f"@{temperature:g}"
         for label, samples in sets.items():
             if samples:

@@ -105,7 +105,7 @@ def rl_steps(run: Run, task: Task, policy: Policy, k: int) -> Iterator[int]:
         if step == 0:
             evaluate.on_dev(run, task, policy, k, t, "after the cold start" if k == 1 else f"after SFT {k - 1}")
         elif t % cfg.eval_every == 0:
-            evaluate.on_dev(run, task, policy, k, t, f"RL step {t}")
+            evaluate.on_dev(run, task, policy, k, t, f"after step {t}", temperatures=cfg.eval_temperatures[:1])
         yield t
 
 
@@ -305,7 +305,7 @@ def finish(run: Run, task: Task, policy: Policy) -> Policy:
     nothing_to_learn = lambda: Learner(coldstart.adamw(policy, 0.0), None)  # noqa: E731
     for _ in stage_steps(run, policy, sft_stage(K) + 1, 1, nothing_to_learn, cfg.save_every):
         evaluate.on_dev(run, task, policy, K, T, f"after SFT {K}")
-        evaluate.on_sets(run, task, policy, group_by_dataset(task.test), K, T, "test", "test")
+        evaluate.on_sets(run, task, policy, group_by_dataset(task.test), K, T, "test", "test", task.cfg.eval_temperatures)
         export(run.out / "model", policy, task.tokenizer)
     return policy
 

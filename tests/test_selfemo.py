@@ -793,8 +793,8 @@ def test_the_schedule_of_a_run(finished):
 def test_evaluations_before_and_after_every_stage_and_test_once(finished):
     said = [(m["when"], m["step"]) for m in lines(finished / "metrics.jsonl") if m["phase"] == "eval"]
     assert said == [
-        ("start", 0), ("after the cold start", 0), ("RL step 2", 2), ("after RL 1", 3), ("after SFT 1", 3), ("RL step 4", 4),
-        ("after RL 2", 6), ("after SFT 2", 6), ("test", 6),
+        ("start", 0), ("after the cold start", 0), ("after step 2", 2), ("after RL 1", 3), ("after SFT 1", 3),
+        ("after step 4", 4), ("after RL 2", 6), ("after SFT 2", 6), ("test", 6),
     ]  # fmt: skip
     tests = [m["when"] for m in lines(finished / "metrics.jsonl") if any(name.startswith("test/") for name in m)]
     assert tests == ["test"]
@@ -804,17 +804,27 @@ def test_a_run_is_scored_on_dev_and_its_end_once_on_test(monkeypatch, tmp_path):
     """No look at test before the model is final."""
     seen = []
 
-    def evaluation(run, w, policy, sets, k, t, name, when):
-        seen.append((name, when, {label: [s.id for s in own] for label, own in sets.items()}))
+    def evaluation(run, w, policy, sets, k, t, name, when, temperatures):
+        seen.append((name, when, temperatures, {label: [s.id for s in own] for label, own in sets.items()}))
 
     monkeypatch.setattr(evaluate, "on_sets", evaluation)
     monkeypatch.setattr(selfemo, "export", lambda *_: None)
     monkeypatch.setattr(selfemo, "stage_steps", lambda *_: iter([(0, None)]))
     w = replace(world(1), dev=(sample("x", id="w/dev/x"),), test=(sample("y", id="w/test/y"),))
-    evaluate.on_dev(desk(), w, None, 1, 0, "RL step 0")
+    evaluate.on_dev(desk(), w, None, 1, 2, "after step 2", temperatures=(0.5,))
     selfemo.finish(desk(tmp_path), w, None)
-    dev, test = {"w": ["w/dev/x"]}, {"w": ["w/test/y"]}
-    assert seen == [("eval", "RL step 0", dev), ("eval", "after SFT 2", dev), ("test", "test", test)]
+    dev, test, greedy = {"w": ["w/dev/x"]}, {"w": ["w/test/y"]}, (0.0,)
+    on_dev = [("eval", "after step 2", (0.5,), dev), ("eval", "after SFT 2", greedy, dev)]
+    assert seen == [*on_dev, ("test", "test", greedy, test)]
+
+
+def test_between_steps_only_the_first_temperature_is_tried(place, tmp_path):
+    """Evaluations between steps draw a curve: one temperature is enough, and half of the time."""
+    out = tmp_path / "run"
+    argv = place.argv(out, "--iterations", 1, "--steps", 2, "--eval_every", 1)
+    assert call([*argv, "--eval_temperatures", "0", "1"])[0] == 0
+    found = {m["when"]: m for m in lines(out / "metrics.jsonl") if m["phase"] == "eval"}
+    assert [when for when, m in found.items() if not any("@1/acc" in name for name in m)] == ["after step 1"]
 
 
 def test_d6_kl_is_0_at_the_first_step_of_every_iteration_only(finished):

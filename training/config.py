@@ -114,7 +114,9 @@ class Config:
     """Keep only the input of every block in a forward and compute the rest again in backward: less memory, more time."""
     compile: Switch = False
     """torch.compile for the blocks that learn; on a GPU, CUDA graphs for decode steps. Not run on a GPU yet."""
-    eval_every: int = 10  # RL steps between evaluations on dev (Table 12: test_freq); each stage begins with one anyway.
+    eval_every: int = 10
+    """RL steps between evaluations on dev, at the first of --eval_temperatures (Table 12: test_freq). Each stage begins and
+    ends with one at all of them."""
     save_every: int = 480  # Steps between checkpoints (Table 12: save_freq); each stage ends with one anyway.
     plan: Plan = None
     """Print how much memory a run needs, and stop: on this machine, or for example 8x80 for eight GPUs of 80 GB."""
@@ -133,7 +135,7 @@ PRESETS: Mapping[str, Config] = {
         preset="toy", model="data/toy/base", data=("toy=data/toy/world",), out="runs/toy",
         iterations=2, steps=10, batch_prompts=32, mini_batch_prompts=8, micro_batch=64,
         max_prompt_tokens=256, max_new_tokens=80, eval_temperatures=(0.0, 1.0),
-        lr=3e-4, cold_start_lr=5e-4, sft_lr=1e-4, eval_every=1000, save_every=5, activation_checkpointing=False,
+        lr=3e-4, cold_start_lr=5e-4, sft_lr=1e-4, eval_every=2, save_every=5, activation_checkpointing=False,
     ),
 }  # fmt: skip
 # What a resumed run may change; learning rates, so that a run that met a NaN can go on; a server may move.

@@ -109,9 +109,11 @@ def linked(text: str, up: str) -> str:
         where = comments.get(match[1])
         return match[0] if where is None else f"[{match[1]}]({up}{where[0]}#L{where[1]})"
 
+    def renew(part: str) -> str:
+        return EQUATION.sub(equation, NAME.sub(name, TITLED.sub(titled, part)))
+
     comments = equations()
     parts = re.split(r"(^```.*?^```$)", text, flags=re.DOTALL | re.MULTILINE)
-    renew = lambda part: EQUATION.sub(equation, NAME.sub(name, TITLED.sub(titled, part)))  # noqa: E731
     return "".join(part if i % 2 else renew(part) for i, part in enumerate(parts))
 
 

@@ -201,7 +201,7 @@ def advantages(record: Record) -> Iterator[str]:
     )
     yield para(*(f"- {symbol}: {deviation(values)}" for symbol, values in (("r", r), ("r2", r2))))
     yield para(
-        f"The second one counts lambda = t/T = **{number(record['lam'])}** at this step (D7). {STD_EPS:f} is added "
+        f"The second reward weighs lambda = t/T = **{number(record['lam'])}** at this step (D7). {STD_EPS:f} is added "
         "to both deviations; where all values of a group are equal the term is exactly 0."
     )
     head = ["answer", "r", "(r - mean) / deviation", "r2", "(r2 - mean) / deviation", "A"]
@@ -291,7 +291,7 @@ def policies(record: Record, update: Record, config: Record) -> Iterator[str]:
     yield "## 6. Three policies, and the weight of a token"
     yield para(
         f"The group is learned in mini-batch {update['mini_batch'] + 1} of {parts} of its step: {update['answers']} "
-        f"answers, {update['tokens']} tokens, {own} of them here. Three log-probs of each token count:"
+        f"answers, {update['tokens']} tokens, {own} of them here. Each token has three log-probs, one per policy:"
     )
     yield para(
         "- *old*, under the policy that sampled the answers. It stays the same for the whole step.",
@@ -321,7 +321,9 @@ def objective(forked: Sequence[Token], update: Record, eps: float) -> Iterator[s
     at = update["fork"]["token"]
     start = "".join(update["pieces"][0][:at])
     yield para(
-        f"All answers begin with the same {at} tokens, {shown(start)}. At token {at} (counted from 0) they part. "
+        "Eq. 14 takes for every token the ratio of its probability now to the one that it was sampled with, times the "
+        f"advantage of its answer. All answers begin with the same {at} tokens, {shown(start)}. "
+        f"At token {at} (counted from 0) they part. "
         f"With epsilon {eps} the ratio is held within {1 - eps:g} and {1 + eps:g}, and the smaller of the two "
         "products counts (Eq. 14):"
     )

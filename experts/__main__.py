@@ -37,7 +37,7 @@ class Asking(Settings):
     data: Pairs  # NAME=DIR of a dataset; repeatable.
     expert: Pairs  # Endpoint (https://host/v1) or Hugging Face folder; repeatable.
     out: Path  # File to write; failures are listed beside it, in FILE.failed.
-    expert_model: Pairs = ()  # Model name at an endpoint, one a URL, in order.
+    expert_model: Pairs = ()  # Model name at an endpoint, one per URL, in order.
     price: Pairs = ()  # PROMPT,ANSWER: price of a million tokens, one an --expert, in order; the cost line then shows money.
     cache: Path | None = None  # Answers that are there already. Default: FILE.cache.
     limit: int = 0  # Prompts of each dataset and split: first N of a seeded shuffle; 0 = all.

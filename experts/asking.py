@@ -298,7 +298,7 @@ def open_experts(
     """
     urls = list(filter(is_url, places))
     if not places or len(urls) != len(models):
-        raise UserError(f"{len(places)} {flags[0]}, {len(urls)} of them URLs, and {len(models)} {flags[1]}: one a URL")
+        raise UserError(f"{len(places)} {flags[0]}, {len(urls)} of them URLs, and {len(models)} {flags[1]}: one per URL")
     if prices and len(prices) != len(places):
         raise UserError(f"{len(prices)} --price and {len(places)} {flags[0]}: give one each, in the same order")
     named, found = iter(models), list[Expert]()

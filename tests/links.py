@@ -109,10 +109,12 @@ def linked(text: str, up: str) -> str:
         where = comments.get(match[1])
         return match[0] if where is None else f"[{match[1]}]({up}{where[0]}#L{where[1]})"
 
+    def renew(part: str) -> str:
+        return EQUATION.sub(equation, NAME.sub(name, TITLED.sub(titled, part)))
+
     comments = equations()
     parts = re.split(r"(^```.*?^```$)", text, flags=re.DOTALL | re.MULTILINE)
-    texts = (part if i % 2 else TITLED.sub(titled, part) for i, part in enumerate(parts))
-    return "".join(part if i % 2 else EQUATION.sub(equation, NAME.sub(name, part)) for i, part in enumerate(texts))
+    return "".join(part if i % 2 else renew(part) for i, part in enumerate(parts))
 
 
 def renewed(document: str) -> str:

@@ -376,7 +376,7 @@ def test_experts_of_the_flags(place, monkeypatch):
     ("places", "models", "prices", "said"),
     [
         ([], [], [], "0 --expert"),
-        (["http://a/v1"], [], [], "one a URL"),
+        (["http://a/v1"], [], [], "one per URL"),
         (["http://user:pass@a/v1"], ["m"], [], "OPENAI_API_KEY"),
         (["http://a/v1?key=1"], ["m"], [], "OPENAI_API_KEY"),
         (["http://a/v1", "http://b/v1"], ["m", "m"], [], "called the same"),

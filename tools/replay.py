@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import tyro
 from torch import Tensor
+from transformers import PreTrainedModel
 
 import data
 from analysis import audit
@@ -86,19 +87,29 @@ def replay(run: Path, sample_id: str) -> tuple[Record, Record]:
     raise AssertionError("the sample is among the records")
 
 
+class InSight(Policy):
+    """A policy with its head written out: all logits at once, `seen`, and their gradients after a backward."""
+
+    def __init__(self, lm: PreTrainedModel) -> None:
+        """Nothing has been seen yet."""
+        super().__init__(lm)
+        self.seen: list[Tensor] = []
+
+    def head(self, hidden_MD: Tensor, target_M: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """See `Policy.head`."""
+        logits_MV: Tensor = self.lm.get_output_embeddings()(hidden_MD)
+        logits_MV.retain_grad()
+        self.seen.append(logits_MV)
+        logp_MV = (logits_MV / temperature).log_softmax(-1)
+        return logp_MV.gather(-1, target_M[:, None])[:, 0], -(logp_MV.exp() * logp_MV).sum(-1)
+
+
 def measured(
     policy: Policy, part: Sequence[ScoredGroup], old_BT: Tensor, ref_BT: Tensor, cfg: Config, sample_id: str, tokenizer: Any
 ) -> Record:
     """The loss of a mini-batch as `selfemo.mini_batch` has it, in one piece, and its gradients for the rows of one group."""
-    logits: list[Tensor] = []
-
-    def keep(module: object, inputs: object, output: Tensor) -> None:
-        output.retain_grad()
-        logits.append(output)
-
-    hook = policy.lm.get_output_embeddings().register_forward_hook(keep)
-    logp_BT, _ = policy([g.group for g in part], temperature=cfg.temperature)
-    hook.remove()
+    shown = InSight(policy.lm)
+    logp_BT, _ = shown([g.group for g in part], temperature=cfg.temperature)
     logp_BT.retain_grad()
     lengths = [len(a.ids) for g in part for a in g.answers]
     w_BT = token_weights(lengths, cfg.loss_mean, max(lengths)).to(logp_BT.dtype)
@@ -106,7 +117,8 @@ def measured(
     loss, _ = policy_loss(logp_BT, old_BT, adv_B, w_BT, clip_eps=cfg.clip_eps, ratio=cfg.ratio)
     kl = (w_BT * low_var_kl(logp_BT, ref_BT)).sum()
     (loss + cfg.kl_coef * kl).backward()  # type: ignore[no-untyped-call]
-    assert logp_BT.grad is not None and len(logits) == 1 and logits[0].grad is not None
+    (logits_MV,) = shown.seen
+    assert logp_BT.grad is not None and logits_MV.grad is not None
     place = next(i for i, g in enumerate(part) if g.sample.id == sample_id)
     own, rows = part[place], range(place * cfg.n, (place + 1) * cfg.n)
     columns = {"new": logp_BT.detach(), "old": old_BT, "ref": ref_BT, "gradient": logp_BT.grad}
@@ -118,7 +130,7 @@ def measured(
         "pieces": [[tokenizer.decode([i]) for i in a.ids] for a in own.answers], "answers": len(lengths),
         "tokens": sum(lengths), "loss": loss.item(), "kl": kl.item(),
         **{name: [value_BT[row, : lengths[row]].tolist() for row in rows] for name, value_BT in columns.items()},
-        "fork": {"token": at, **fork_logits(logits[0].detach()[flat[0]], logits[0].grad[flat].sum(0), said, tokenizer)},
+        "fork": {"token": at, **fork_logits(logits_MV.detach()[flat[0]], logits_MV.grad[flat].sum(0), said, tokenizer)},
     }
 
 

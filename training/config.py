@@ -29,21 +29,18 @@ class Config:
     """Where the other values start from: the paper's setting, the offline toy world, or a small pretrained model."""
     model: str = "Qwen/Qwen3-8B"  # Start model: Hugging Face folder or hub name of a chat model (Table 12).
     data: Pairs = ()
-    """A dataset and its folder, NAME=DIR, repeatable. NAME is meld, emorynlp, iemocap, or any other name for a folder
-    of JSONL dialogues."""
+    """NAME=DIR of a dataset, repeatable: meld, emorynlp, iemocap, or any other name for a folder of JSONL dialogues."""
     limit: Pairs = ()  # NAME=N, repeatable: use only the first N training samples of a dataset after a seeded shuffle.
     eval_limit: int = 0
     """Samples per dataset in an evaluation on dev: the first so many after a seeded shuffle; 0 takes all."""
     test_limit: int = 0
-    """Samples per dataset in the one evaluation on test, at the end: the first so many after a seeded shuffle; 0 takes
-    all."""
+    """Samples per dataset in the one evaluation on test, at the end: the first so many of a seeded shuffle; 0 takes all."""
     out: str = "runs/paper"  # Folder that the run writes into.
     resume: tyro.conf.FlagCreatePairsOff[bool] = False
     """Go on from the newest checkpoint in --out, or start if there is none."""
     seed: int = 0  # Decides every shuffle and every random number of the run.
     date: str = ""
-    """Date that a chat template shows, YYYY-MM-DD. Without it: the day on which the run first starts, also when it
-    is resumed later."""
+    """Date that a chat template shows, YYYY-MM-DD; by default the day on which the run first starts, also after --resume."""
     iterations: int = 3  # Iterations K of Algorithm 1, line 4; each is an RL stage and a retraining (D25).
     steps: int = 0  # RL steps S per iteration; 0 takes as many as draw each original prompt once (D7).
     batch_prompts: int = 64  # Prompts per RL step (Table 12: train_batch_size).
@@ -69,19 +66,15 @@ class Config:
     loss_mean: Literal["token", "sequence"] = "token"
     """What counts the same in the RL loss: every token, or every answer as Eq. 14 is written (D3)."""
     self_grpo: Switch = True
-    """Reward answers that name what their group names (Eq. 12). false: lambda = 0, plain GRPO; the consistency is still
-    logged (Table 2, D27)."""
+    """Reward what the group agrees on (Eq. 12). false: lambda = 0, plain GRPO; consistency still logged (Table 2, D27)."""
     self_play: Switch = True
-    """Make new samples of the best answers and retrain on them. false: lines 12-18 of Algorithm 1 are skipped (Table 2,
-    D27)."""
+    """Make new samples and retrain on them. false: lines 12-18 of Algorithm 1 are skipped (Table 2, D27)."""
     cold_start: Literal["self", "dataset", "expert", "none"] = "self"
-    """What the cold start (line 3) learns: the start model's own valid answers, templates made of the gold turns, the
-    answers of --expert, or nothing (D17)."""
+    """What line 3 learns: the start model's own valid answers, templates of gold, answers of --expert, or nothing (D17)."""
     expert: Pairs = ()
     """For --cold_start expert: the endpoint (https://host/v1) or Hugging Face folder of an expert, repeatable."""
     expert_model: Pairs = ()
-    """Model name at an endpoint: one per URL of --expert, in the same order. The key is in the environment:
-    OPENAI_API_KEY."""
+    """Model name at an endpoint, one per URL of --expert, in order. The key is in the environment: OPENAI_API_KEY."""
     retrain_from: Literal["current", "base"] = "current"
     """Which model the retraining (line 18) trains: the one after RL, or the start model again (D13)."""
     keep_reward: float = 0.6  # Least reward (Eq. 8) of an answer that becomes a new sample (D11).
@@ -96,18 +89,15 @@ class Config:
     max_synthetic: int = 0  # Keep only the newest so many synthetic samples in the buffer; 0 keeps all (Table 2, D27).
     personas: str = ""  # JSONL file of persona sentences (Eq. 4); without it prompts have none.
     persona_scope: Literal["none", "context", "dialogue"] = "none"
-    """Personas in the prompts of dev and test: none, those made from a sample's context, or those made from the whole
-    dialogue, as in the paper, which thereby looks ahead (D28)."""
+    """Personas of dev and test: none, from the context, or from the whole dialogue as the paper, which looks ahead (D28)."""
     prompts: str = ""  # JSON file that replaces the wording of the prompts (D16).
     context: Literal["labelled", "all"] = "labelled"
     """Which turns of IEMOCAP a prompt shows: those with a label, as the benchmarks do, or all."""
     kv_budget: int = 0
-    """Bytes for keys and values while answers are sampled; 0 takes half of the device's memory (Table 12:
-    gpu_memory_utilization)."""
+    """Bytes for keys and values in sampling; 0 takes half of the device's memory (Table 12: gpu_memory_utilization)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Number type in which the model computes when it learns, scores and samples; weights, moments and log-probs stay
-    float32. auto: bfloat16 on a GPU, float32 on a CPU, where bfloat16 pays only with its instructions (AVX512-BF16,
-    AMX)."""
+    """Number type in which the model learns, scores and samples; weights, moments and log-probs stay float32.
+    auto: bfloat16 on a GPU, float32 on a CPU, where bfloat16 pays only with its instructions (AVX512-BF16, AMX)."""
     ref_offload: Switch = True
     """Keep the reference policy of the KL in main memory between its layers' turns (Table 12: ref.param_offload)."""
     activation_checkpointing: Switch = True

@@ -162,12 +162,18 @@ def parse_lenient(text: str, labels: Sequence[str]) -> Parse:
 # Inside a run
 
 
-def on_dev(run: Run, task: Task, policy: Policy, k: int, t: int, when: str, *, temperatures: Sequence[float] = ()) -> None:
-    """Scores on dev and, once there is one, on the SELF-EMO test split (D23); at all temperatures, or at these."""
+def between_steps(run: Run, task: Task, policy: Policy, k: int, t: int) -> None:
+    """A point of the curve between two stages: scores on dev alone, at the first temperature."""
+    first = task.cfg.eval_temperatures[:1]
+    on_sets(run, task, policy, group_by_dataset(task.dev), k, t, "eval", f"after step {t}", first)
+
+
+def on_dev(run: Run, task: Task, policy: Policy, k: int, t: int, when: str) -> None:
+    """Scores on dev and, once there is one, on the SELF-EMO test split (D23)."""
     sets = group_by_dataset(task.dev)
     if run.position.stage > 0:
         sets["selfemo"] = self_emo_test(run, task, policy)
-    on_sets(run, task, policy, sets, k, t, "eval", when, temperatures or task.cfg.eval_temperatures)
+    on_sets(run, task, policy, sets, k, t, "eval", when, task.cfg.eval_temperatures)
 
 
 def on_sets(

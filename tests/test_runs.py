@@ -59,6 +59,15 @@ def test_an_existing_run_is_refused_without_resume(tmp_path):
     assert fresh(tmp_path, resume=True).position == Position()
 
 
+def test_a_run_of_an_earlier_version_has_the_defaults_of_settings_that_are_new(tmp_path):
+    """`dtype` and `label_noise` were not there: such a run goes on with auto and 0, and with nothing else."""
+    now = {"lr": 1, "dtype": "auto", "label_noise": 0.0, "eval_temperatures": [0.0]}
+    fresh(tmp_path)
+    assert fresh(tmp_path, now, resume=True).position == Position()
+    with pytest.raises(UserError, match="label_noise was 0.0, is 0.4"):
+        fresh(tmp_path, {**now, "label_noise": 0.4}, resume=True)
+
+
 def test_a_foreign_folder_is_refused_and_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
     for resume in (False, True):

@@ -23,7 +23,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from common.files import SUMS, Record, hash_of, jsonl, listed, read_json, read_l
 from engine.processes import any_rank, exchange, rank, wait
 from engine.shards import intact, load_moments, moments, read_part, save_parts, weights
 from model import Policy
+from training.config import Config
 
 LOCK = "lock"  # a file that is there while a job works on the run
 ONCE = ("config.json", "cold_start.jsonl", "selfemo_test.jsonl")  # files that never change once they are there
@@ -203,7 +204,9 @@ def open_run(
         return Run(out, settings)
     if not resume:
         raise UserError(f"{out} holds a run already: add --resume to go on with it, or give another --out")
-    known = {"date": settings.get("date"), **read_json(config)}  # an earlier version kept no date: `check` compares prompts
+    # An earlier version had fewer settings: its runs are as the defaults say. It kept no date: `check` compares prompts.
+    defaults = {f.name: f.default for f in fields(Config) if f.name in settings}
+    known = {**json.loads(json.dumps(defaults)), "date": settings.get("date"), **read_json(config)}
     changed = [k for k in {**known, **settings} if k not in may_differ and known.get(k) != settings.get(k)]
     if changed:
         pairs = ", ".join(f"{k} was {known.get(k)!r}, is {settings.get(k)!r}" for k in changed)

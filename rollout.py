@@ -245,7 +245,7 @@ class Engine:
         rows = [Row(jobs[p], a, self.numbers(jobs[p], a, 0)) for p, a in starts]
         self.rows += rows
         self.moving = None
-        first_R = self.on_device(torch.stack([row.ahead_A for row in rows])[:, 0])
+        first_R = self.on_device(torch.stack([row.ahead_A[0] for row in rows]))
         self.extend(rows, draw_in_blocks(logits_PV[self.tensor([p for p, _ in starts])], self.temperature, first_R))
 
     def step(self) -> None:

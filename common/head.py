@@ -88,6 +88,6 @@ class Head(torch.autograd.Function):
             if dbias_V is not None:
                 dbias_V[block] = d_MC.sum(0)
             d_MC = d_MC.to(weight_VD.dtype)
-            dhidden_MD += d_MC @ weight_CD
-            dweight_VD[block] = d_MC.T @ hidden_MD
+            dhidden_MD += product(d_MC, weight_CD)
+            dweight_VD[block] = product(d_MC.T, hidden_MD)
         return dhidden_MD.to(hidden_MD.dtype), dweight_VD, dbias_V, None, None, None

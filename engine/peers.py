@@ -34,7 +34,8 @@ class Watcher(threading.Thread):
         try:
             address, limit = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timedelta(seconds=self.silent)
             client = TCPStore(*address, is_master=False, wait_for_workers=False, timeout=limit)
-            lost = self.loses_one(PrefixStore("peers", client))
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store outlives a restart by torchrun
+            lost = self.loses_one(PrefixStore(f"peers/{attempt}", client))
         except RuntimeError:  # the store is gone, and so is the launcher or rank 0, which held it
             lost = True
         if lost and not self.parting.wait(self.grace):

@@ -3,6 +3,7 @@
 Whole runs on the tiny world of conftest.py, on one CPU, where a resumed run repeats the rest bit by bit.
 """
 
+import hashlib
 import itertools
 import json
 import math
@@ -544,6 +545,23 @@ def test_a_second_signal_stops_at_once_and_the_run_can_go_on(place, tmp_path, mo
     assert status == 130
     assert "--resume" in complained and "Traceback" not in complained
     assert place.run(out, *more, resume=True)[0] == 0
+
+
+def test_what_a_step_wrote_before_it_failed_is_taken_back(tmp_path, monkeypatch):
+    """A NaN in a step that began with an evaluation: the step is done again, and so is the evaluation, once."""
+    run, saved = fresh(tmp_path), []
+    monkeypatch.setattr(folder, "save_checkpoint", lambda run, tensors: saved.append(dict(run.offsets)))
+    run.learner, run.position = SimpleNamespace(optimizer=None, reference=None), Position(1, 2)
+    monkeypatch.setattr(folder, "saved_tensors", lambda policy, learner: {})
+    run.append("metrics.jsonl", [{"step": 1}])
+    run.begin_step()
+    run.append("metrics.jsonl", [{"step": 2}])
+    run.append("evaluations/iteration-1.jsonl", [{"text": "x"}])
+    run.rescue(None)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+    assert (tmp_path / "evaluations/iteration-1.jsonl").read_text() == ""
+    assert saved == [{"metrics.jsonl": 12}]
+    assert run.hashes["metrics.jsonl"].hexdigest() == hashlib.sha256(b'{"step": 1}\n').hexdigest()
 
 
 def test_signal_handlers_are_put_back(tmp_path):

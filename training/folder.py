@@ -82,6 +82,7 @@ class Run:
         if bad := exchange(changed_files(out, state) if rank() == 0 else [])[0]:
             raise UserError(f"{bad[0]}; restore it, or start again with another --out")
         self.hashes = {name: hash_of(out / name, n) for name, n in self.offsets.items()} if rank() == 0 else {}
+        self.begin_step()
         self.loaded = newest_checkpoint(out)
         self.stop_asked = False
         self.notes: Record = {}
@@ -128,10 +129,19 @@ class Run:
     def rescue(self, policy: Policy) -> None:
         """Save where the run stands in the middle of a step, after a NaN or a signal: the step is done again on resume.
 
-        Not in the first step of a stage: it begins again from the checkpoint that the stage before it left.
+        What it has written since, an evaluation before it, is taken back. Not in the first step of a stage: it begins again
+        from the checkpoint that the stage before it left.
         """
         if self.learner is not None and self.position.step > 0:
+            offsets, hashes = self.begun
+            for name in self.offsets:
+                os.truncate(self.out / name, offsets.get(name, 0))
+            self.offsets, self.hashes = dict(offsets), dict(hashes)
             save_checkpoint(self, saved_tensors(policy, self.learner))
+
+    def begin_step(self) -> None:
+        """Remember what the files hold, for `rescue`."""
+        self.begun = dict(self.offsets), {name: found.copy() for name, found in self.hashes.items()}
 
     def pause(self, policy: Policy) -> None:
         """A place inside a long step where a signal is looked at. Every rank must call this. Raises `Stopped`."""
@@ -174,7 +184,7 @@ def alone(out: Path) -> Iterator[None]:
             file = stack.enter_context((out / LOCK).open("ab"))
             try:
                 files.lock(file, f"another job works on {out}: wait for it, or give another --out")
-                stack.callback((out / LOCK).unlink)
+                stack.callback((out / LOCK).unlink, missing_ok=True)
             except UserError as error:
                 refused = str(error)
         if refused := exchange(refused)[0]:
@@ -313,6 +323,7 @@ def stage_steps(
         restore(run.loaded, policy, learner)
     run.learner = learner
     for step in range(run.position.step, total):
+        run.begin_step()
         yield step, learner
         run.position = replace(run.position, step=step + 1)
         stop = any_rank(run.stop_asked)

@@ -212,7 +212,7 @@ def test_a_cache_and_a_table_go_on_where_nothing_can_be_locked(place, tmp_path, 
     monkeypatch.setattr(fcntl, "flock", flock)
     with open_cache(tmp_path / "cache" / "c") as cache:
         cache.add("k", "m", asking.Reply("hi", True, (1, 2)))
-    job = ablate.job(ablate.Ablate(tmp_path / "table"), place.argv("")[:-2], ablate.Row("full", "full"), 0)
+    job = ablate.job(ablate.Ablate(out=tmp_path / "table"), place.argv("")[:-2], ablate.Row("full", "full"), 0)
     monkeypatch.setattr(subprocess, "Popen", lambda *args, **more: "started")
     assert ablate.start(job) == "started"
     assert capsys.readouterr().err.count("cannot lock files (Function not implemented)") == 2
@@ -251,8 +251,8 @@ def test_every_program_of_the_tree_ends_that_way():
             names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
             found[str(path.relative_to(ROOT))] = "command" in names
     assert len(found) > 10
-    # training/launch.py does it for selfemo.py; a peer speaks to tools.bench alone, and a server to its clients
-    others = {"selfemo.py", "tools/peers.py", "tests/endpoint.py"}
+    # training/launch.py does it for selfemo.py; a peer speaks to tools.bench alone, a server to its clients, a sceptic to nobody
+    others = {"selfemo.py", "tools/peers.py", "tests/endpoint.py", "tests/sceptic.py"}
     assert {name for name, does in found.items() if not does} == others
 
 

@@ -514,10 +514,10 @@ def test_a_stopped_cold_start_keeps_the_parts_it_has_answered(place, finished, t
     assert results(out) == results(finished)
 
 
-@pytest.mark.parametrize(("nth", "saved"), [(3, (1, 2)), (5, (2, 0))])
+@pytest.mark.parametrize(("nth", "saved"), [(1, (1, 0)), (4, (2, 0))])
 def test_a_stop_is_looked_at_between_the_sets_of_an_evaluation(place, finished, tmp_path, monkeypatch, nth, saved):
-    """One set at the start, then two each time: after the cold start (1, 2), at RL step 2 (3, 4), after RL (5, 6). Stopped
-    in the first of two, the second is not answered; without a checkpoint every few steps nothing of a step is lost."""
+    """One set at the start and between steps, else two: after the cold start (1, 2), after step 2 (3), after RL (4, 5).
+    Stopped in the first of two, the second is not answered, and the whole evaluation is made again."""
     out, more = tmp_path / "run", ("--save_every", 100)
     with monkeypatch.context() as patch:
         asked = stop_in(patch, evaluate, task.EVALUATION, nth)

@@ -11,7 +11,7 @@ import pytest
 from conftest import lines
 
 from tools import report
-from tools.alarms import alarms
+from tools.alarms import alarms, right_answers
 from tools.charts import MOST, Chart, Series, Timeline, draw, nice_ticks, thinned
 
 # Charts
@@ -77,7 +77,8 @@ def test_long_lines_are_averaged():
 
 
 HEALTHY = {
-    "step": 0, "loss/policy": 0.004, "grad_norm": 0.2, "ratio/mean/by_mini_batch": [1.0, 1.01], "ratio/max": 2.0,
+    "phase": "rl", "iteration": 1, "step": 0,
+    "loss/policy": 0.004, "grad_norm": 0.2, "ratio/mean/by_mini_batch": [1.0, 1.01], "ratio/max": 2.0,
     "reward/zero_std": 0.1, "consistency/zero_std": 0.2, "reward/original": 0.6, "reward/synthetic": 0.7,
     "rule/rate": 0.95, "rule/label": 0.05, "answer/truncated": 0.02, "loss/weight_truncated": 0.02,
     "answer/tokens": 36.0, "answer/entries": 1.4, "answer/top_emotion": 0.5, "gold/top_emotion": 0.45,
@@ -89,7 +90,7 @@ HEALTHY = {
 def raised(late):
     """Titles that are raised when the last two of ten steps are `late`."""
     found = alarms([HEALTHY] * 8 + [{**HEALTHY, **late}] * 2)
-    assert len(found) == 11 and all(alarm.found and alarm.meaning for alarm in found)
+    assert len(found) == 12 and all(alarm.found and alarm.meaning for alarm in found)
     assert [alarm.raised for alarm in found] == sorted((alarm.raised for alarm in found), reverse=True)
     return [alarm.title for alarm in found if alarm.raised]
 
@@ -98,7 +99,7 @@ def test_a_healthy_run_raises_nothing_and_explains_loss_and_ratio():
     assert raised({}) == []
     assert alarms([]) == []
     loss = next(a for a in alarms([HEALTHY]) if a.title.startswith("The loss is near 0"))
-    assert "step 0: loss 0.004, gradient norm 0.2; the first update" in loss.found
+    assert "step 1: loss 0.004, gradient norm 0.2; the first update" in loss.found
     assert "every ratio is 1" in loss.meaning and "Its gradient is not 0" in loss.meaning
 
 
@@ -157,6 +158,69 @@ def test_a_run_that_did_not_count_emotions_is_not_called_fine():
 def test_a_run_without_synthetic_prompts_has_no_such_alarm():
     line = {k: v for k, v in HEALTHY.items() if k != "reward/synthetic"}
     assert next(a for a in alarms([line]) if a.title.startswith("New samples")).found == "no synthetic prompt yet"
+
+
+def evaluated(*scores, k=1):
+    """Evaluations of one RL stage, one after each five steps."""
+    when = ["after the cold start", *(f"after step {5 * i}" for i in range(1, len(scores)))]
+    return [
+        {"phase": "eval", "iteration": k, "step": 5 * i, "when": w, "eval/toy/acc": x, "eval/toy@1/acc": 0.9 - x}
+        for i, (w, x) in enumerate(zip(when, scores, strict=True))
+    ]
+
+
+def held_out(lines, right=None):
+    title = "Accuracy on dev holds within a stage"
+    return next(alarm for alarm in alarms([HEALTHY, *lines], right or {}) if alarm.title == title)
+
+
+def test_accuracy_that_falls_within_a_stage_is_raised_by_a_paired_test():
+    """20 samples; right: 14, 16, 9. From the best to the last 7 are lost and 0 won: p = 2 / 2^7 = .0156.
+
+    Were 9 lost and 2 won instead, p = 2 (1 + 11 + 55) / 2^11 = .0654: the same fall is not raised.
+    """
+    lines = evaluated(0.7, 0.8, 0.45)
+    ids = [f"toy/dev/0/{i}" for i in range(20)]
+    best = {name: i < 16 for i, name in enumerate(ids)}
+    right = {("eval/toy", "after step 5"): best, ("eval/toy", "after step 10"): {n: i < 9 for i, n in enumerate(ids)}}
+    found = held_out(lines, right)
+    assert found.raised
+    assert "toy: 0.800 after step 5, 0.450 after step 10 (of 20 samples 7 were lost and 0 won: p = 0.016" in found.found
+    mixed = {n: i < 7 or i >= 18 for i, n in enumerate(ids)}
+    found = held_out(lines, {**right, ("eval/toy", "after step 10"): mixed})
+    assert not found.raised and "9 were lost and 2 won: p = 0.065" in found.found
+
+
+def test_a_sure_fall_of_less_than_two_points_is_too_small_to_raise():
+    """1,000 samples, .800 to .785: 15 lost, 0 won, p = 2 / 2^15 = 6.1e-5."""
+    ids = range(1000)
+    right = {("eval/toy", "after the cold start"): {i: i < 800 for i in ids},
+             ("eval/toy", "after step 5"): {i: i < 785 for i in ids}}  # fmt: skip
+    found = held_out(evaluated(0.8, 0.785), right)
+    assert not found.raised and "15 were lost and 0 won: p = 6.1e-05" in found.found
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        (evaluated(0.681, 0.664, 0.598), True),  # .083
+        (evaluated(0.681, 0.664, 0.602), False),  # .079
+        (evaluated(0.5, 0.6, 0.7), False),
+        (evaluated(0.7, k=1) + evaluated(0.5, 0.51, k=2), False),  # a stage begins anew
+        (evaluated(0.7, 0.7) + [{**evaluated(0.3)[0], "when": "after SFT 1"}], False),  # fine-tuning is not RL
+    ],
+)
+def test_without_kept_answers_a_large_fall_alone_is_raised(lines, expected):
+    found = held_out(lines)
+    assert found.raised is expected and "no answers were kept for a test" in found.found
+
+
+def test_the_kept_answers_of_a_run_give_the_accuracies_it_logged(finished):
+    """Every evaluation on dev before test, at the first temperature; the share of right answers is the logged accuracy."""
+    right = right_answers(finished)
+    logged = {(line["when"], line["eval/tiny/acc"]) for line in lines(finished / "metrics.jsonl") if "eval/tiny/acc" in line}
+    assert {name for name, _ in right} == {"eval/tiny"} and len(logged) > 4
+    assert {(when, sum(found.values()) / len(found)) for (_, when), found in right.items()} == logged
 
 
 # The page

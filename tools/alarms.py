@@ -1,15 +1,20 @@
-"""What a reader of a run should stop at: each check looks at the RL lines of metrics.jsonl and says what it found and means.
+"""What a reader of a run should stop at: each check looks at metrics.jsonl and says what it found and means.
 
 "Early" and "late" are means over the first and the last fifth of the RL steps. Limits are rules of thumb; docs/runs.md says
-what else to look at, docs/curves.md shows runs that raise them.
+what else to look at, docs/curves.md shows runs that raise them. Steps are counted from 1, as on the screen.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import data
+from analysis.compare import mcnemar
+from common.files import numbered
 from training.metrics import mean
 
+Right = Mapping[tuple[str, str], Mapping[str, bool]]  # (eval/<set>, when) -> sample -> whether its answer was right
 Found = tuple[bool, str]  # whether an alarm is raised, and what was measured
 
 
@@ -25,9 +30,11 @@ class Alarm:
 
 @dataclass(frozen=True)
 class Course:
-    """The RL lines of a run, and how a metric moved over them."""
+    """The RL lines of a run, and how a metric moved over them; its evaluations, and which of their answers were right."""
 
     lines: Sequence[Mapping[str, Any]]
+    evals: Sequence[Mapping[str, Any]] = ()
+    right: Right = field(default_factory=dict)
 
     def early(self, name: str) -> float:
         """Mean over the first fifth of the lines that have it; 0 if none has."""
@@ -47,10 +54,78 @@ class Course:
         return f"{self.early(name):.3g} early, {self.late(name):.3g} late"
 
 
-def alarms(lines: Sequence[Mapping[str, Any]]) -> list[Alarm]:
-    """All checks of a run's RL lines, those raised first; none of a run without an RL step."""
-    found = [Alarm(title, *check(Course(lines)), meaning) for title, check, meaning in CHECKS] if lines else []
+def alarms(lines: Sequence[Mapping[str, Any]], right: Right | None = None) -> list[Alarm]:
+    """All checks of a run's lines of metrics, those raised first; none of a run without an RL step."""
+    rl, evals = ([line for line in lines if line["phase"] == phase] for phase in ("rl", "eval"))
+    run = Course(rl, evals, right or {})
+    found = [Alarm(title, *check(run), meaning) for title, check, meaning in CHECKS] if rl else []
     return sorted(found, key=lambda alarm: not alarm.raised)
+
+
+def right_answers(run: Path) -> Right:
+    """Which answers of the evaluations on dev that a run keeps were right; nothing of a run that keeps none.
+
+    Only those at the first temperature, and not the SELF-EMO split, whose gold the model itself has said.
+    """
+    found: dict[tuple[str, str], dict[str, bool]] = {}
+    for path in sorted((run / "evaluations").glob("iteration-*.jsonl")):
+        for _, row in numbered(path):
+            if plain(row["set"]):
+                parse = data.parse_output(row["text"], row["labels"], finished=row["finished"])
+                named = data.heaviest(parse.last_emotions) if isinstance(parse, data.Output) else None
+                found.setdefault((row["set"], row["when"]), {})[row["sample_id"]] = named == data.heaviest(row["gold"])
+    return found
+
+
+def plain(name: str) -> bool:
+    """Whether this is a set of dev at the first temperature."""
+    return name.startswith("eval/") and "@" not in name and name != "eval/selfemo"
+
+
+@dataclass(frozen=True)
+class Fall:
+    """Accuracy on a set at the end of what a stage has done so far, below the best that the same stage had before."""
+
+    words: str
+    points: float
+    p: float | None  # exact and paired; None where the answers were not kept
+
+    @property
+    def raised(self) -> bool:
+        """Too large and too one-sided for chance; untested, larger than chance makes likely on a few hundred samples."""
+        return self.points > 0.08 if self.p is None else self.points > 0.02 and self.p < 0.05
+
+
+def falls(run: Course) -> list[Fall]:
+    """One per RL stage and set that has two evaluations, its start among them; points are negative where it rose."""
+    found = []
+    for k in dict.fromkeys(line["iteration"] for line in run.evals):
+        stage = [line for line in run.evals if line["iteration"] == k and line["when"] not in (f"after SFT {k}", "test")]
+        for name in dict.fromkeys(n.removesuffix("/acc") for line in stage for n in line if n.endswith("/acc")):
+            points = [(line[f"{name}/acc"], line["when"]) for line in stage if f"{name}/acc" in line]
+            if plain(name) and len(points) > 1:
+                found.append(fall(run.right, name, max(points[:-1], key=lambda point: point[0]), points[-1]))
+    return found
+
+
+def fall(right: Right, name: str, best: tuple[float, str], last: tuple[float, str]) -> Fall:
+    """One of them; `best`, `last`: accuracy and which evaluation."""
+    words = f"{name.removeprefix('eval/')}: {best[0]:.3f} {best[1]}, {last[0]:.3f} {last[1]}"
+    before, after = (right.get((name, when), {}) for _, when in (best, last))
+    if not before or before.keys() != after.keys():
+        return Fall(f"{words} (no answers were kept for a test)", best[0] - last[0], None)
+    lost, won, p = mcnemar([before[i] for i in before], [after[i] for i in before])
+    words += f" (of {len(before)} samples {lost} were lost and {won} won: p = {p:.2g}, exact paired test)"
+    return Fall(words, best[0] - last[0], p)
+
+
+def held_out(run: Course) -> Found:
+    """Accuracy on dev that a stage had and lost again: the fall that is raised, else the largest one."""
+    found = sorted(falls(run), key=lambda one: (one.raised, one.points), reverse=True)
+    if not found:
+        return False, "not measured: no RL stage has two evaluations on dev"
+    said = [one.words for one in found if one.raised] or [found[0].words]
+    return found[0].raised, f"accuracy on dev, best and last of a stage: {'; '.join(said)}"
 
 
 def loss(run: Course) -> Found:
@@ -60,9 +135,9 @@ def loss(run: Course) -> Found:
     gap = max(line.get("rollout/logp_gap_mean", 0.0) for line in lines)
     still = sum(line["grad_norm"] == 0 and min(line["reward/zero_std"], line["consistency/zero_std"]) < 1 for line in lines)
     return off > 0.01 or gap > 0.1 or still > 0, (
-        f"step {first['step']}: loss {first['loss/policy']:.3g}, gradient norm {first['grad_norm']:.3g}; the first update "
-        f"of a step has a ratio at most {off:.1g} away from 1; log-probs differ from the sampler's by {gap:.1g} nats on "
-        f"average at most; steps without a gradient although answers differ: {still}"
+        f"step {first['step'] + 1}: loss {first['loss/policy']:.3g}, gradient norm {first['grad_norm']:.3g}; the first "
+        f"update of a step has a ratio at most {off:.1g} away from 1; log-probs differ from the sampler's by {gap:.1g} nats "
+        f"on average at most; steps without a gradient although answers differ: {still}"
     )
 
 
@@ -101,6 +176,11 @@ CHECKS: tuple[tuple[str, Callable[[Course], Found], str], ...] = (  # title, che
      "lengths of the answers. Its gradient is not 0: it raises answers with a positive advantage and lowers the others. "
      "Watch rewards and evaluations, not the loss. It would be a fault if sampler and training disagreed (raised above .1 "
      "nats a token) or the gradient were 0 while answers differ."),
+    ("Accuracy on dev holds within a stage", held_out,
+     "Training rewards may rise while answers to dialogues that were not trained on get worse. The last evaluation of an RL "
+     "stage is compared with the best one before it in the same stage, its start included, sample by sample. The best of "
+     "several is a lucky one, so p is a little too small. Export an earlier checkpoint, stop earlier, lower lr. Raised when "
+     "more than .02 are lost and p is below .05; without kept answers, above .08."),
     ("Answers cut off", lambda run: (
          max(run.early("answer/truncated"), run.late("answer/truncated")) > 0.1,
          f"share of answers cut at the limit: {run.moved('answer/truncated')}; of the loss weight: "

@@ -25,7 +25,7 @@ from common.errors import UserError, command
 from common.files import Record, numbered, read_json, read_lines, write_atomically
 from common.hub import load_tokenizer
 from evaluate import Scores
-from tools.alarms import alarms
+from tools.alarms import alarms, right_answers
 from tools.charts import Chart, Drawing, Series, Timeline, draw
 from training.config import PRESETS
 from training.folder import undamaged
@@ -371,7 +371,7 @@ def made(args: Report) -> str:
     return environment.get_template("report.html").render(
         name=run.resolve().name, run=str(run), config=config, state=state(lines),
         hours=sum(x.get("time/rollout_s", 0) + x.get("time/update_s", 0) for x in rl) / 3600,
-        figures=figures(config, evals, rl, rollouts), alarms=alarms(rl),
+        figures=figures(config, evals, rl, rollouts), alarms=alarms(lines, right_answers(run)),
         learning=drawn(learning(config, evals, rl, time), time),
         entropies=drawn(entropies(config, evals, rl, time), time), health=drawn(health(rl, time), time),
         table_1=table_1(config, test, files), table_2=table_2(beside) if beside else None,

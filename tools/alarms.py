@@ -35,6 +35,7 @@ class Course:
     lines: Sequence[Mapping[str, Any]]
     evals: Sequence[Mapping[str, Any]] = ()
     right: Right = field(default_factory=dict)
+    prompts: int = 0  # an RL step; 0 if not known
 
     def early(self, name: str) -> float:
         """Mean over the first fifth of the lines that have it; 0 if none has."""
@@ -54,10 +55,10 @@ class Course:
         return f"{self.early(name):.3g} early, {self.late(name):.3g} late"
 
 
-def alarms(lines: Sequence[Mapping[str, Any]], right: Right | None = None) -> list[Alarm]:
+def alarms(lines: Sequence[Mapping[str, Any]], right: Right | None = None, prompts: int = 0) -> list[Alarm]:
     """All checks of a run's lines of metrics, those raised first; none of a run without an RL step."""
     rl, evals = ([line for line in lines if line["phase"] == phase] for phase in ("rl", "eval"))
-    run = Course(rl, evals, right or {})
+    run = Course(rl, evals, right or {}, prompts)
     found = [Alarm(title, *check(run), meaning) for title, check, meaning in CHECKS] if rl else []
     return sorted(found, key=lambda alarm: not alarm.raised)
 
@@ -165,8 +166,15 @@ def synthetic(run: Course) -> Found:
     """What the model earns on prompts that it made itself."""
     both = Course([line for line in run.lines if "reward/synthetic" in line and "reward/original" in line])
     new, old = both.late("reward/synthetic"), both.late("reward/original")
-    found = f"late reward: synthetic prompts {new:.3g}, original ones {old:.3g}"
+    made = [new_prompts(line, run.prompts) for line in both.lines[-max(1, len(both.lines) // 5) :]]
+    count = f" (over {sum(made)} of {run.prompts * len(made)} prompts)" if any(made) else ""
+    found = f"late reward: synthetic prompts {new:.3g}{count}, original ones {old:.3g}"
     return new > old + 0.15, found if both.lines else "no synthetic prompt yet"
+
+
+def new_prompts(line: Mapping[str, Any], prompts: int) -> int:
+    """How many of an RL step's prompts the model made itself; 0 where it is not known."""
+    return round(prompts * (1 - line.get("buffer/depth/0", 0.0))) if any(n.startswith("buffer/depth/") for n in line) else 0
 
 
 CHECKS: tuple[tuple[str, Callable[[Course], Found], str], ...] = (  # title, check, what it means
@@ -181,54 +189,54 @@ CHECKS: tuple[tuple[str, Callable[[Course], Found], str], ...] = (  # title, che
      "stage is compared with the best one before it in the same stage, its start included, sample by sample. The best of "
      "several is a lucky one, so p is a little too small. Export an earlier checkpoint, stop earlier, lower lr. Raised when "
      "more than .02 are lost and p is below .05; without kept answers, above .08."),
-    ("Answers cut off", lambda run: (
+    ("Answers end by themselves", lambda run: (
          max(run.early("answer/truncated"), run.late("answer/truncated")) > 0.1,
          f"share of answers cut at the limit: {run.moved('answer/truncated')}; of the loss weight: "
          f"{run.moved('loss/weight_truncated')}; mean length {run.moved('answer/tokens')} tokens"),
      "A cut answer breaks the rule, earns 0, and its tokens are still trained (D20). Many of them teach the model to be "
      "brief, whatever it says; after that none is cut any more, and nothing else shows it. Raise max_new_tokens, or cold "
      "start so that answers end. Raised above a tenth, early or late."),
-    ("The rule is broken", rule,
+    ("Answers keep the rule", rule,
      "An answer that breaks the rule earns nothing, whatever it recognised (Eq. 8). While most do, the reward teaches the "
      "format and little else. Take cold_start dataset, or allow longer answers. Raised below one half."),
-    ("Groups whose answers all earn the same", lambda run: (
+    ("Rewards differ within a group", lambda run: (
          run.late("reward/zero_std") > 0.9, f"share of such groups: {run.moved('reward/zero_std')}"),
      "An advantage compares an answer with its group. Where all earn the same, all right or all wrong, the first term of "
      "Eq. 13 is exactly 0 and the group teaches nothing but consistency. Some is normal and grows with skill. Raised above "
      "nine tenths: harder data, more answers a prompt, or an earlier stop."),
-    ("Groups without a difference in consistency", lambda run: (
+    ("Consistency differs within a group", lambda run: (
          run.late("consistency/zero_std") > 0.9, f"share of such groups: {run.moved('consistency/zero_std')}"),
      "Where all answers of a group name equally many core emotions, the second term of Eq. 13 is 0 and SELF-GRPO is plain "
      "GRPO. With one label a sample as gold and one emotion an answer that is nearly always so (D14). Raised above nine "
      "tenths."),
-    ("The group agrees on the wrong emotion", lambda run: (
+    ("Groups agree on the gold emotion", lambda run: (
          run.change("consistency/core_on_gold") < -0.1 and run.change("consistency/mean") >= 0,
          f"groups whose consensus has the gold emotion in front: {run.moved('consistency/core_on_gold')}; consistency: "
          f"{run.moved('consistency/mean')}"),
      "Eq. 12 pays for agreeing with the group, true or not, and lambda gives that more and more weight. If agreement holds "
      "or rises while the consensus leaves gold, the group talks itself into something (PAPER.md works an example out). "
      "Stop earlier, or compare with self_grpo false. Raised when the second falls by more than a tenth."),
-    ("Answers list more emotions than they mean", lambda run: (
+    ("Answers list only emotions that they mean", lambda run: (
          run.change("answer/entries") > 0.2 and run.change("answer/min_share") < 0,
          f"recognised emotions an answer: {run.moved('answer/entries')}; smallest share among them: "
          f"{run.moved('answer/min_share')}; lambda {run.early('lam'):.2f} to {run.late('lam'):.2f}"),
      "An answer that names one more core emotion, with a small weight, loses little IOU and gains a third of Eq. 12. From "
      "some lambda on that pays (PAPER.md has the arithmetic). The floor of 0.1 a weight (D8) makes it dearer, not "
      "impossible. Raised when answers have 0.2 entries more and their smallest share falls."),
-    ("Most answers name one emotion", one_emotion,
+    ("Answers name different emotions", one_emotion,
      "The most frequent label is right more often than any other guess, so its answers win in most groups, whatever was "
      "said. Once all answers of a group name it, they earn the same and nothing leads away again. Accuracy may have risen; "
      "macro F1 shows it. Stop earlier, cold start better, or draw the labels evenly. Raised above three quarters, and a "
      "quarter above gold."),
-    ("The entropy has collapsed", lambda run: (
+    ("The policy keeps some entropy", lambda run: (
          run.late("policy/entropy") < max(0.1 * run.early("policy/entropy"), 0.005),
          f"token entropy of the policy, nats: {run.moved('policy/entropy')}"),
      "The paper sees it fall, faster at first (Fig. 6a). When next to nothing is left, all answers to a prompt are the "
      "same and groups have nothing to compare. Lower lr, raise kl_coef. Raised below a tenth of the early value."),
-    ("New samples earn more than real ones", synthetic,
+    ("New samples earn no more than real ones", synthetic,
      "The label of a synthetic sample is what the model said it felt itself. If it earns far more there than on real "
      "dialogues, it grades its own taste. Read some of buffer.jsonl; see new/label_js. Raised above .15."),
-    ("Updates are clipped", lambda run: (
+    ("Few updates are clipped", lambda run: (
          run.late("clip_frac") > 0.5 or run.late("kl/clamped") > 0.01,
          f"loss weight that is clipped: {run.moved('clip_frac')}; largest ratio "
          f"{max(line['ratio/max'] for line in run.lines):.3g}; loss weight where the KL is cut: {run.moved('kl/clamped')}"),

@@ -42,7 +42,7 @@ def test_where_things_lie_in_time():
     when = [("start", 0, 0), ("after the cold start", 1, 0), ("RL step 5", 1, 5), ("after RL 1", 1, 10),
             ("after SFT 1", 2, 10), ("RL step 15", 2, 15), ("after RL 2", 2, 20), ("after SFT 2", 2, 20)]  # fmt: skip
     assert [time.evaluation(*w) for w in when] == [0, 4, 9, 14, 18, 23, 28, 32]
-    assert time.ticks() == [(4, "0"), (14, "10"), (18, "10"), (28, "20")]
+    assert time.ticks() == [(4, "0"), (14, "10"), (28, "20")]  # 10 once: RL 2 starts with the steps of RL 1
 
 
 def small_chart(parts=(0, 0, 0)):
@@ -319,6 +319,8 @@ def test_every_plot_has_a_text_and_a_table(html):
     within = [where for tag, _, where in page.tags if tag == "table" and "figure" in where]
     assert len(within) == len(plots) and all("details" in where for where in within)
     assert "goes from" in html
+    drawn = re.findall(r'<text x="4" y="-2">(.*?)</text><text class="x" x="226" y="245">RL steps done</text>', html)
+    assert len(drawn) == len(plots) and all(drawn) and drawn.count("nats per token") == 4
 
 
 def test_what_scrolls_is_reached_by_keyboard_and_named(html):
@@ -326,6 +328,8 @@ def test_what_scrolls_is_reached_by_keyboard_and_named(html):
     regions = [attrs for attrs in page.all("div") if "scroll" in attrs.get("class", "").split()]
     assert regions
     assert all(a["tabindex"] == "0" and a["role"] == "region" and a["aria-label"] for a in regions)
+    wide = [a["aria-label"] for a in regions if "wide" in a["class"].split()]
+    assert "Confusion, tiny, RL steps 1 to 1" in wide and "Settings" not in wide  # these say that they scroll
     assert all("scope" in attrs for attrs in page.all("th"))
     assert page.all("html")[0]["lang"] == "en" and 'name="viewport"' in html and "prefers-color-scheme: dark" in html
 

@@ -65,11 +65,11 @@ def title(name: str) -> str:
     return SPLIT if name == "selfemo" else name
 
 
-def chart(key: str, heading: str, text: str, names: Mapping[str, str], lines: Lines, time: Timeline) -> Chart:
+def chart(key: str, heading: str, unit: str, text: str, names: Mapping[str, str], lines: Lines, time: Timeline) -> Chart:
     """A chart over RL steps or evaluations; `names`: metric -> line. Metrics that were never measured are left out."""
     measured = {metric: name for metric, name in names.items() if any(metric in x for x in lines)}
     series = [Series(name, tuple(x.get(metric) for x in lines)) for metric, name in measured.items()]
-    return Chart.over_time(key, heading, text, lines, series, time)
+    return replace(Chart.over_time(key, heading, text, lines, series, time), unit=unit)
 
 
 def learning(config: Record, evals: Lines, rl: Lines, time: Timeline) -> Iterator[Chart]:
@@ -77,10 +77,10 @@ def learning(config: Record, evals: Lines, rl: Lines, time: Timeline) -> Iterato
     sets, marks = eval_sets(evals), temperatures(config)
     for key, heading in (("acc", "Accuracy"), ("wf1", "Weighted F1"), ("iou", "IOU (Eq. 10)")):
         names = {f"eval/{s}{mark}/{key}": f"{title(s)}, {words}" for s in sets for mark, words in marks}
-        yield chart(key, heading, f"{heading} on dev, before and after each stage.", names, evals, time)
+        yield chart(key, heading, heading, f"{heading} on dev, before and after each stage.", names, evals, time)
     names = {"reward/original": "original prompts", "reward/synthetic": "new samples", "reward/acc": "accuracy, all"}
     text = "Mean reward (Eq. 8) of the answers of each RL step, and the share whose heaviest emotion is the gold one."
-    found, P = chart("reward", "Reward in training", text, names, rl, time), config["batch_prompts"]
+    found, P = chart("reward", "Reward in training", "reward, share", text, names, rl, time), config["batch_prompts"]
     counts = [f" ({n} of {P} prompts new)" if (n := new_prompts(line, P)) else "" for line in rl]
     yield replace(found, names=tuple(map("".join, zip(found.names, counts, strict=True))))
 
@@ -88,38 +88,41 @@ def learning(config: Record, evals: Lines, rl: Lines, time: Timeline) -> Iterato
 def entropies(config: Record, evals: Lines, rl: Lines, time: Timeline) -> Iterator[Chart]:
     """Fig. 6: (a) of the policy, (b) of the three tasks, nats a token."""
     text = "Token entropy of the answers that the policy sampled, in nats."
-    yield chart("entropy", "Entropy of the policy (a)", text, {"policy/entropy": "policy"}, rl, time)
+    yield chart("entropy", "Entropy of the policy (a)", "nats per token", text, {"policy/entropy": "policy"}, rl, time)
     tasks = {"recognition": "recognition", "self_emotion": "own emotion", "response": "response"}
     mark, words = temperatures(config)[-1]
     for s in reversed(eval_sets(evals)):
         names = {f"eval/{s}{mark}/entropy/{task}": name for task, name in tasks.items()}
         text = f"Mean token entropy of the three parts of an answer, {words}, in nats."
-        yield chart(f"entropy-{s}", f"Entropy of the tasks, {title(s)} (b)", text, names, evals, time)
+        yield chart(f"entropy-{s}", f"Entropy of the tasks, {title(s)} (b)", "nats per token", text, names, evals, time)
 
 
 def health(rl: Lines, time: Timeline) -> Iterator[Chart]:
     """What else moves during RL."""
-    for key, heading, text, names in (
-        ("rule", "Rule and selection", "Shares of answers, and of groups whose best answer became a new sample.",
+    for key, heading, unit, text, names in (
+        ("rule", "Rule and selection", "share", "Shares of answers, and of groups whose best answer became a new sample.",
          {"rule/rate": "keeps the rule", "buffer/keep_rate": "kept", "answer/truncated": "cut off"}),
-        ("consensus", "Consensus", "Consistency (Eq. 12), and shares of groups.",
+        ("consensus", "Consensus", "share", "Consistency (Eq. 12), and shares of groups.",
          {"consistency/mean": "consistency", "consistency/core_on_gold": "consensus on gold",
           "reward/zero_std": "equal rewards", "consistency/zero_std": "equal consistency"}),
-        ("entries", "Emotions in an answer", "How many a valid answer recognises, and the smallest share among them.",
+        ("entries", "Emotions in an answer", "emotions, share",
+         "How many a valid answer recognises, and the smallest share among them.",
          {"answer/entries": "emotions an answer", "answer/min_share": "smallest share"}),
-        ("top", "Variety", "Share of the emotion that most valid answers name, and of the most frequent gold label.",
+        ("top", "Variety", "share",
+         "Share of the emotion that most valid answers name, and of the most frequent gold label.",
          {"answer/top_emotion": "named most", "gold/top_emotion": "gold"}),
-        ("ratio", "Importance ratio", "Of the tokens of a step (Eq. 14): 1 before its first update.",
+        ("ratio", "Importance ratio", "ratio", "Of the tokens of a step (Eq. 14): 1 before its first update.",
          {"ratio/max": "largest", "ratio/mean": "mean"}),
-        ("clip", "Clipping", "Share of the loss weight whose gain is clipped (Eq. 14), or whose KL is cut.",
+        ("clip", "Clipping", "share of loss weight",
+         "Share of the loss weight whose gain is clipped (Eq. 14), or whose KL is cut.",
          {"clip_frac": "clipped", "kl/clamped": "KL cut"}),
-        ("gradient", "Gradient", "Norm of the gradient before it is clipped at 1, mean of a step's updates.",
+        ("gradient", "Gradient", "norm", "Norm of the gradient before it is clipped at 1, mean of a step's updates.",
          {"grad_norm": "gradient norm"}),
-        ("length", "Length", "Mean number of tokens of an answer.", {"answer/tokens": "tokens an answer"}),
-        ("kl", "Distance", "KL to the iteration's reference and to the model after the cold start, nats a token.",
+        ("length", "Length", "tokens", "Mean number of tokens of an answer.", {"answer/tokens": "tokens an answer"}),
+        ("kl", "Distance", "nats per token", "KL to the iteration's reference and to the model after the cold start.",
          {"policy/kl": "to the reference", "policy/kl_cold_start": "to the cold start"}),
     ):  # fmt: skip
-        yield chart(key, heading, text, names, rl, time)
+        yield chart(key, heading, unit, text, names, rl, time)
 
 
 def drawn(charts: Iterator[Chart], time: Timeline) -> list[Drawing]:

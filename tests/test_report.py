@@ -11,7 +11,7 @@ import pytest
 from conftest import lines
 
 from tools import report
-from tools.alarms import alarms
+from tools.alarms import alarms, right_answers
 from tools.charts import MOST, Chart, Series, Timeline, draw, nice_ticks, thinned
 
 # Charts
@@ -42,7 +42,7 @@ def test_where_things_lie_in_time():
     when = [("start", 0, 0), ("after the cold start", 1, 0), ("RL step 5", 1, 5), ("after RL 1", 1, 10),
             ("after SFT 1", 2, 10), ("RL step 15", 2, 15), ("after RL 2", 2, 20), ("after SFT 2", 2, 20)]  # fmt: skip
     assert [time.evaluation(*w) for w in when] == [0, 4, 9, 14, 18, 23, 28, 32]
-    assert time.ticks() == [(4, "0"), (14, "10"), (18, "10"), (28, "20")]
+    assert time.ticks() == [(4, "0"), (14, "10"), (28, "20")]  # 10 once: RL 2 starts with the steps of RL 1
 
 
 def small_chart(parts=(0, 0, 0)):
@@ -77,7 +77,8 @@ def test_long_lines_are_averaged():
 
 
 HEALTHY = {
-    "step": 0, "loss/policy": 0.004, "grad_norm": 0.2, "ratio/mean/by_mini_batch": [1.0, 1.01], "ratio/max": 2.0,
+    "phase": "rl", "iteration": 1, "step": 0,
+    "loss/policy": 0.004, "grad_norm": 0.2, "ratio/mean/by_mini_batch": [1.0, 1.01], "ratio/max": 2.0,
     "reward/zero_std": 0.1, "consistency/zero_std": 0.2, "reward/original": 0.6, "reward/synthetic": 0.7,
     "rule/rate": 0.95, "rule/label": 0.05, "answer/truncated": 0.02, "loss/weight_truncated": 0.02,
     "answer/tokens": 36.0, "answer/entries": 1.4, "answer/top_emotion": 0.5, "gold/top_emotion": 0.45,
@@ -89,7 +90,7 @@ HEALTHY = {
 def raised(late):
     """Titles that are raised when the last two of ten steps are `late`."""
     found = alarms([HEALTHY] * 8 + [{**HEALTHY, **late}] * 2)
-    assert len(found) == 11 and all(alarm.found and alarm.meaning for alarm in found)
+    assert len(found) == 12 and all(alarm.found and alarm.meaning for alarm in found)
     assert [alarm.raised for alarm in found] == sorted((alarm.raised for alarm in found), reverse=True)
     return [alarm.title for alarm in found if alarm.raised]
 
@@ -98,7 +99,7 @@ def test_a_healthy_run_raises_nothing_and_explains_loss_and_ratio():
     assert raised({}) == []
     assert alarms([]) == []
     loss = next(a for a in alarms([HEALTHY]) if a.title.startswith("The loss is near 0"))
-    assert "step 0: loss 0.004, gradient norm 0.2; the first update" in loss.found
+    assert "step 1: loss 0.004, gradient norm 0.2; the first update" in loss.found
     assert "every ratio is 1" in loss.meaning and "Its gradient is not 0" in loss.meaning
 
 
@@ -108,17 +109,17 @@ def test_a_healthy_run_raises_nothing_and_explains_loss_and_ratio():
         ({"ratio/mean/by_mini_batch": [1.02, 1.0]}, "The loss is near 0 and the first ratio is 1"),
         ({"rollout/logp_gap_mean": 0.11}, "The loss is near 0 and the first ratio is 1"),
         ({"grad_norm": 0.0}, "The loss is near 0 and the first ratio is 1"),
-        ({"answer/truncated": 0.11}, "Answers cut off"),
-        ({"rule/rate": 0.49}, "The rule is broken"),
-        ({"reward/zero_std": 0.91}, "Groups whose answers all earn the same"),
-        ({"consistency/zero_std": 0.91}, "Groups without a difference in consistency"),
-        ({"consistency/core_on_gold": 0.59, "consistency/mean": 0.4}, "The group agrees on the wrong emotion"),
-        ({"answer/entries": 1.61, "answer/min_share": 0.6}, "Answers list more emotions than they mean"),
-        ({"answer/top_emotion": 0.76, "gold/top_emotion": 0.5}, "Most answers name one emotion"),
-        ({"policy/entropy": 0.019}, "The entropy has collapsed"),
-        ({"reward/synthetic": 0.76}, "New samples earn more than real ones"),
-        ({"clip_frac": 0.51}, "Updates are clipped"),
-        ({"kl/clamped": 0.011}, "Updates are clipped"),
+        ({"answer/truncated": 0.11}, "Answers end by themselves"),
+        ({"rule/rate": 0.49}, "Answers keep the rule"),
+        ({"reward/zero_std": 0.91}, "Rewards differ within a group"),
+        ({"consistency/zero_std": 0.91}, "Consistency differs within a group"),
+        ({"consistency/core_on_gold": 0.59, "consistency/mean": 0.4}, "Groups agree on the gold emotion"),
+        ({"answer/entries": 1.61, "answer/min_share": 0.6}, "Answers list only emotions that they mean"),
+        ({"answer/top_emotion": 0.76, "gold/top_emotion": 0.5}, "Answers name different emotions"),
+        ({"policy/entropy": 0.019}, "The policy keeps some entropy"),
+        ({"reward/synthetic": 0.76}, "New samples earn no more than real ones"),
+        ({"clip_frac": 0.51}, "Few updates are clipped"),
+        ({"kl/clamped": 0.011}, "Few updates are clipped"),
     ],
 )
 def test_each_alarm_is_raised_by_its_own_fault(late, title):
@@ -139,10 +140,10 @@ def test_each_alarm_is_raised_by_its_own_fault(late, title):
     ],
 )
 def test_no_alarm_without_its_fault(late):
-    assert not set(raised(late)) - {"Groups whose answers all earn the same", "Groups without a difference in consistency"}
+    assert not set(raised(late)) - {"Rewards differ within a group", "Consistency differs within a group"}
 
 
-@pytest.mark.parametrize(("share", "expected"), [(0.11, ["Answers cut off"]), (0.1, [])])
+@pytest.mark.parametrize(("share", "expected"), [(0.11, ["Answers end by themselves"]), (0.1, [])])
 def test_a_run_that_has_learned_to_be_brief_raises_the_alarm_of_its_first_steps(share, expected):
     """docs/curves.md: with a limit of 31 tokens .53 are cut in the first fifth, .06 in the last."""
     found = alarms([{**HEALTHY, "answer/truncated": share}] * 2 + [HEALTHY] * 8)
@@ -151,12 +152,90 @@ def test_a_run_that_has_learned_to_be_brief_raises_the_alarm_of_its_first_steps(
 
 def test_a_run_that_did_not_count_emotions_is_not_called_fine():
     line = {name: value for name, value in HEALTHY.items() if "top_emotion" not in name}
-    assert next(a for a in alarms([line]) if a.title.startswith("Most answers")).found.startswith("not measured")
+    assert next(a for a in alarms([line]) if a.title.startswith("Answers name")).found.startswith("not measured")
+
+
+def test_the_reward_of_new_samples_says_over_how_many_prompts():
+    """32 prompts a step, depth 0 in 15/16 and in 7/8 of them: 2 and 4 are new, 6 of the 64 of the last two steps of ten."""
+    late = [{**HEALTHY, "buffer/depth/0": 0.9375}, {**HEALTHY, "buffer/depth/0": 0.875}]
+    found = next(a for a in alarms([HEALTHY] * 8 + late, prompts=32) if a.title.startswith("New samples"))
+    assert found.found == "late reward: synthetic prompts 0.7 (over 6 of 64 prompts), original ones 0.6"
+
+
+def test_a_tile_shows_the_best_value_beside_the_last():
+    lines = [{"when": when, "eval/toy/acc": acc, "eval/toy/iou": 0.5} for when, acc in
+             (("start", 0.2), ("after step 2", 0.6), ("after RL 1", 0.4))]  # fmt: skip
+    config = {"eval_temperatures": [0.0], "T": 4}
+    tile = report.figures(config, lines, [], report.Rollouts((frozenset(), frozenset())))[0]
+    assert tile == ("toy, accuracy", "0.200 → 0.400", "first → last on dev, greedy; best 0.600, after step 2")
 
 
 def test_a_run_without_synthetic_prompts_has_no_such_alarm():
     line = {k: v for k, v in HEALTHY.items() if k != "reward/synthetic"}
     assert next(a for a in alarms([line]) if a.title.startswith("New samples")).found == "no synthetic prompt yet"
+
+
+def evaluated(*scores, k=1):
+    """Evaluations of one RL stage, one after each five steps."""
+    when = ["after the cold start", *(f"after step {5 * i}" for i in range(1, len(scores)))]
+    return [
+        {"phase": "eval", "iteration": k, "step": 5 * i, "when": w, "eval/toy/acc": x, "eval/toy@1/acc": 0.9 - x}
+        for i, (w, x) in enumerate(zip(when, scores, strict=True))
+    ]
+
+
+def held_out(lines, right=None):
+    title = "Accuracy on dev holds within a stage"
+    return next(alarm for alarm in alarms([HEALTHY, *lines], right or {}) if alarm.title == title)
+
+
+def test_accuracy_that_falls_within_a_stage_is_raised_by_a_paired_test():
+    """20 samples; right: 14, 16, 9. From the best to the last 7 are lost and 0 won: p = 2 / 2^7 = .0156.
+
+    Were 9 lost and 2 won instead, p = 2 (1 + 11 + 55) / 2^11 = .0654: the same fall is not raised.
+    """
+    lines = evaluated(0.7, 0.8, 0.45)
+    ids = [f"toy/dev/0/{i}" for i in range(20)]
+    best = {name: i < 16 for i, name in enumerate(ids)}
+    right = {("eval/toy", "after step 5"): best, ("eval/toy", "after step 10"): {n: i < 9 for i, n in enumerate(ids)}}
+    found = held_out(lines, right)
+    assert found.raised
+    assert "toy: 0.800 after step 5, 0.450 after step 10 (of 20 samples 7 were lost and 0 won: p = 0.016" in found.found
+    mixed = {n: i < 7 or i >= 18 for i, n in enumerate(ids)}
+    found = held_out(lines, {**right, ("eval/toy", "after step 10"): mixed})
+    assert not found.raised and "9 were lost and 2 won: p = 0.065" in found.found
+
+
+def test_a_sure_fall_of_less_than_two_points_is_too_small_to_raise():
+    """1,000 samples, .800 to .785: 15 lost, 0 won, p = 2 / 2^15 = 6.1e-5."""
+    ids = range(1000)
+    right = {("eval/toy", "after the cold start"): {i: i < 800 for i in ids},
+             ("eval/toy", "after step 5"): {i: i < 785 for i in ids}}  # fmt: skip
+    found = held_out(evaluated(0.8, 0.785), right)
+    assert not found.raised and "15 were lost and 0 won: p = 6.1e-05" in found.found
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        (evaluated(0.681, 0.664, 0.598), True),  # .083
+        (evaluated(0.681, 0.664, 0.602), False),  # .079
+        (evaluated(0.5, 0.6, 0.7), False),
+        (evaluated(0.7, k=1) + evaluated(0.5, 0.51, k=2), False),  # a stage begins anew
+        (evaluated(0.7, 0.7) + [{**evaluated(0.3)[0], "when": "after SFT 1"}], False),  # fine-tuning is not RL
+    ],
+)
+def test_without_kept_answers_a_large_fall_alone_is_raised(lines, expected):
+    found = held_out(lines)
+    assert found.raised is expected and "no answers were kept for a test" in found.found
+
+
+def test_the_kept_answers_of_a_run_give_the_accuracies_it_logged(finished):
+    """Every evaluation on dev before test, at the first temperature; the share of right answers is the logged accuracy."""
+    right = right_answers(finished)
+    logged = {(line["when"], line["eval/tiny/acc"]) for line in lines(finished / "metrics.jsonl") if "eval/tiny/acc" in line}
+    assert {name for name, _ in right} == {"eval/tiny"} and len(logged) > 4
+    assert {(when, sum(found.values()) / len(found)) for (_, when), found in right.items()} == logged
 
 
 # The page
@@ -233,13 +312,15 @@ def test_headings_are_in_order(html):
 def test_every_plot_has_a_text_and_a_table(html):
     page = Page(html)
     plots = [attrs for attrs in page.all("svg") if attrs.get("aria-hidden") != "true"]
-    assert len(plots) == len(page.all("figure")) == 12  # Fig. 5: 4, Fig. 6: 3, others: 5
+    assert len(plots) == len(page.all("figure")) == 16  # Fig. 5: 4, Fig. 6: 3, others: 9
     ids = {attrs.get("id") for tag, attrs, _ in page.tags if tag in ("title", "desc")}
     for attrs in plots:
         assert attrs["role"] == "img" and set(attrs["aria-labelledby"].split()) <= ids
     within = [where for tag, _, where in page.tags if tag == "table" and "figure" in where]
     assert len(within) == len(plots) and all("details" in where for where in within)
     assert "goes from" in html
+    drawn = re.findall(r'<text x="4" y="-2">(.*?)</text><text class="x" x="226" y="245">RL steps done</text>', html)
+    assert len(drawn) == len(plots) and all(drawn) and drawn.count("nats per token") == 4
 
 
 def test_what_scrolls_is_reached_by_keyboard_and_named(html):
@@ -247,6 +328,8 @@ def test_what_scrolls_is_reached_by_keyboard_and_named(html):
     regions = [attrs for attrs in page.all("div") if "scroll" in attrs.get("class", "").split()]
     assert regions
     assert all(a["tabindex"] == "0" and a["role"] == "region" and a["aria-label"] for a in regions)
+    wide = [a["aria-label"] for a in regions if "wide" in a["class"].split()]
+    assert "Confusion, tiny, RL steps 1 to 1" in wide and "Settings" not in wide  # these say that they scroll
     assert all("scope" in attrs for attrs in page.all("th"))
     assert page.all("html")[0]["lang"] == "en" and 'name="viewport"' in html and "prefers-color-scheme: dark" in html
 
@@ -324,7 +407,7 @@ def test_table_1_from_written_scores(tmp_path):
     """MELD: 2 of 3 right; both classes have precision and recall 1 and 1/2 or the other way round: F1 2/3 each."""
     path = tmp_path / "base.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in SCORED))
-    found = report.table_1({"eval_temperatures": [0.0, 1.0]}, {}, {"base": report.read_scores(path)})
+    found = report.table_1({"eval_temperatures": [0.0, 1.0]}, [], {"base": report.read_scores(path)})
     assert found == [
         ["", "meld Acc.", "meld W-F1", "meld IOU", "meld valid", "emorynlp Acc.", "emorynlp W-F1", "emorynlp IOU",
          "emorynlp valid", "average Acc.", "average W-F1", "average IOU", "average valid"],
@@ -344,6 +427,24 @@ def test_scores_and_ablations_are_shown(finished, tmp_path):
     assert "w/o <SELF-GRPO> 3 56.15 ± 1.00" in text and "w/ COLD was left out: no expert." in text
     assert "preset toy, 3 seeds asked for" in text
     assert "meld, mine" in text and "mine 66.67 66.67 50.00 100.00" in text.replace("  ", " ")
+
+
+def scored_line(when, room, acc):
+    return {"when": when} | {f"{room}/{s}/{k}": acc for s in ("toy", "selfemo") for k in ("acc", "wf1", "iou", "rule_rate")}
+
+
+def test_table_1_has_the_base_model_the_cold_start_and_the_run_on_dev():
+    lines = [scored_line("start", "eval", 0.25), scored_line("after the cold start", "eval", 0.5),
+             {"when": "after step 2", "eval/toy/acc": 0.6}, scored_line("after RL 1", "eval", 0.75),
+             scored_line("test", "test", 0.625)]  # fmt: skip
+    lines[-1] = {name: value for name, value in lines[-1].items() if "selfemo" not in name}
+    assert report.table_1({"eval_temperatures": [0.0]}, lines, {}) == [
+        ["", "toy Acc.", "toy W-F1", "toy IOU", "toy valid"],
+        ["base model, dev, greedy", *["25.00"] * 4],
+        ["cold start, dev, greedy", *["50.00"] * 4],
+        ["this run after RL 1, dev, greedy", *["75.00"] * 4],
+        ["this run, test, greedy", *["62.50"] * 4],
+    ]
 
 
 def complaint(capsys, *argv):

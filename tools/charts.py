@@ -65,8 +65,8 @@ class Timeline:
         return found
 
     def ticks(self) -> list[tuple[float, str]]:
-        """First and last RL step of every iteration."""
-        ends = [(k, (k - 1 + end) * self.steps) for k in range(1, self.iterations + 1) for end in (0, 1)]
+        """The RL steps done at the start of the run and at the end of every iteration; the next one starts with as many."""
+        ends = [(1, 0), *((k, k * self.steps) for k in range(1, self.iterations + 1))]
         return [(self.rl(k, step), str(step)) for k, step in ends]
 
 
@@ -92,6 +92,7 @@ class Chart:
     names: tuple[str, ...]
     parts: tuple[int, ...]
     series: tuple[Series, ...]
+    unit: str = ""  # what the upright axis counts
 
     @classmethod
     def over_time(

@@ -11,7 +11,7 @@ import math
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from common.errors import UserError, command
 from common.files import Record, numbered, read_json, read_lines, write_atomically
 from common.hub import load_tokenizer
 from evaluate import Scores
-from tools.alarms import alarms
+from tools.alarms import alarms, new_prompts, right_answers
 from tools.charts import Chart, Drawing, Series, Timeline, draw
 from training.config import PRESETS
 from training.folder import undamaged
@@ -65,11 +65,11 @@ def title(name: str) -> str:
     return SPLIT if name == "selfemo" else name
 
 
-def chart(key: str, heading: str, text: str, names: Mapping[str, str], lines: Lines, time: Timeline) -> Chart:
+def chart(key: str, heading: str, unit: str, text: str, names: Mapping[str, str], lines: Lines, time: Timeline) -> Chart:
     """A chart over RL steps or evaluations; `names`: metric -> line. Metrics that were never measured are left out."""
     measured = {metric: name for metric, name in names.items() if any(metric in x for x in lines)}
     series = [Series(name, tuple(x.get(metric) for x in lines)) for metric, name in measured.items()]
-    return Chart.over_time(key, heading, text, lines, series, time)
+    return replace(Chart.over_time(key, heading, text, lines, series, time), unit=unit)
 
 
 def learning(config: Record, evals: Lines, rl: Lines, time: Timeline) -> Iterator[Chart]:
@@ -77,40 +77,52 @@ def learning(config: Record, evals: Lines, rl: Lines, time: Timeline) -> Iterato
     sets, marks = eval_sets(evals), temperatures(config)
     for key, heading in (("acc", "Accuracy"), ("wf1", "Weighted F1"), ("iou", "IOU (Eq. 10)")):
         names = {f"eval/{s}{mark}/{key}": f"{title(s)}, {words}" for s in sets for mark, words in marks}
-        yield chart(key, heading, f"{heading} on dev, before and after each stage.", names, evals, time)
+        yield chart(key, heading, heading, f"{heading} on dev, before and after each stage.", names, evals, time)
     names = {"reward/original": "original prompts", "reward/synthetic": "new samples", "reward/acc": "accuracy, all"}
     text = "Mean reward (Eq. 8) of the answers of each RL step, and the share whose heaviest emotion is the gold one."
-    yield chart("reward", "Reward in training", text, names, rl, time)
+    found, P = chart("reward", "Reward in training", "reward, share", text, names, rl, time), config["batch_prompts"]
+    counts = [f" ({n} of {P} prompts new)" if (n := new_prompts(line, P)) else "" for line in rl]
+    yield replace(found, names=tuple(map("".join, zip(found.names, counts, strict=True))))
 
 
 def entropies(config: Record, evals: Lines, rl: Lines, time: Timeline) -> Iterator[Chart]:
     """Fig. 6: (a) of the policy, (b) of the three tasks, nats a token."""
     text = "Token entropy of the answers that the policy sampled, in nats."
-    yield chart("entropy", "Entropy of the policy (a)", text, {"policy/entropy": "policy"}, rl, time)
+    yield chart("entropy", "Entropy of the policy (a)", "nats per token", text, {"policy/entropy": "policy"}, rl, time)
     tasks = {"recognition": "recognition", "self_emotion": "own emotion", "response": "response"}
     mark, words = temperatures(config)[-1]
     for s in reversed(eval_sets(evals)):
         names = {f"eval/{s}{mark}/entropy/{task}": name for task, name in tasks.items()}
         text = f"Mean token entropy of the three parts of an answer, {words}, in nats."
-        yield chart(f"entropy-{s}", f"Entropy of the tasks, {title(s)} (b)", text, names, evals, time)
+        yield chart(f"entropy-{s}", f"Entropy of the tasks, {title(s)} (b)", "nats per token", text, names, evals, time)
 
 
 def health(rl: Lines, time: Timeline) -> Iterator[Chart]:
     """What else moves during RL."""
-    for key, heading, text, names in (
-        ("rule", "Rule and selection", "Shares of answers, and of groups whose best answer became a new sample.",
+    for key, heading, unit, text, names in (
+        ("rule", "Rule and selection", "share", "Shares of answers, and of groups whose best answer became a new sample.",
          {"rule/rate": "keeps the rule", "buffer/keep_rate": "kept", "answer/truncated": "cut off"}),
-        ("consensus", "Consensus", "Consistency (Eq. 12), and shares of groups.",
+        ("consensus", "Consensus", "share", "Consistency (Eq. 12), and shares of groups.",
          {"consistency/mean": "consistency", "consistency/core_on_gold": "consensus on gold",
           "reward/zero_std": "equal rewards", "consistency/zero_std": "equal consistency"}),
-        ("entries", "Emotions in an answer", "How many a valid answer recognises, and the smallest share among them.",
+        ("entries", "Emotions in an answer", "emotions, share",
+         "How many a valid answer recognises, and the smallest share among them.",
          {"answer/entries": "emotions an answer", "answer/min_share": "smallest share"}),
-        ("top", "Variety", "Share of the emotion that most valid answers name, and of the most frequent gold label.",
+        ("top", "Variety", "share",
+         "Share of the emotion that most valid answers name, and of the most frequent gold label.",
          {"answer/top_emotion": "named most", "gold/top_emotion": "gold"}),
-        ("kl", "Distance", "KL to the iteration's reference and to the model after the cold start, nats a token.",
+        ("ratio", "Importance ratio", "ratio", "Of the tokens of a step (Eq. 14): 1 before its first update.",
+         {"ratio/max": "largest", "ratio/mean": "mean"}),
+        ("clip", "Clipping", "share of loss weight",
+         "Share of the loss weight whose gain is clipped (Eq. 14), or whose KL is cut.",
+         {"clip_frac": "clipped", "kl/clamped": "KL cut"}),
+        ("gradient", "Gradient", "norm", "Norm of the gradient before it is clipped at 1, mean of a step's updates.",
+         {"grad_norm": "gradient norm"}),
+        ("length", "Length", "tokens", "Mean number of tokens of an answer.", {"answer/tokens": "tokens an answer"}),
+        ("kl", "Distance", "nats per token", "KL to the iteration's reference and to the model after the cold start.",
          {"policy/kl": "to the reference", "policy/kl_cold_start": "to the cold start"}),
     ):  # fmt: skip
-        yield chart(key, heading, text, names, rl, time)
+        yield chart(key, heading, unit, text, names, rl, time)
 
 
 def drawn(charts: Iterator[Chart], time: Timeline) -> list[Drawing]:
@@ -121,20 +133,37 @@ def drawn(charts: Iterator[Chart], time: Timeline) -> list[Drawing]:
 # Tables 1 and 2
 
 
-def table_1(config: Record, test: Record, files: Mapping[str, Mapping[str, Scores]]) -> list[list[str]]:
-    """Accuracy and weighted F1 as in Table 1, IOU and valid answers beside them; [] if nothing was scored on test."""
+def table_1(config: Record, evals: Lines, files: Mapping[str, Mapping[str, Scores]]) -> list[list[str]]:
+    """Accuracy and weighted F1 as in Table 1, IOU and valid answers beside them; [] if nothing was scored.
+
+    A run scores test once, at its end; it scores base model and cold start on dev, so its own last ones stand there.
+    """
     columns = {"acc": "Acc.", "wf1": "W-F1", "iou": "IOU", "rule_rate": "valid"}
     rows: dict[str, dict[str, dict[str, float]]] = {}
     for mark, words in temperatures(config):
-        sets = dict.fromkeys(name.split("/")[1].partition("@")[0] for name in test if f"{mark}/acc" in name)
-        own = {s: {k: test[name] for k in columns if (name := f"test/{s}{mark}/{k}") in test} for s in sets}
-        rows[f"this run, test, {words}"] = {s: row for s, row in own.items() if row}
+        for name, room, line in stages(evals):
+            sets = dict.fromkeys(n.split("/")[1].partition("@")[0] for n in line if n.startswith(f"{room}/"))
+            own = {s: {k: line[n] for k in columns if (n := f"{room}/{s}{mark}/{k}") in line} for s in sets}
+            own = {s: row for s, row in own.items() if row and s != "selfemo"}
+            rows |= {f"{name}, {words}": own} if own else {}
     rows |= {name: {s: scores.metrics() for s, scores in found.items()} for name, found in files.items()}
     rows = {name: own | averaged(own) for name, own in rows.items() if own}
     sets = dict.fromkeys(s for own in rows.values() for s in own)
     head = ["", *(f"{s} {words}" for s in sets for words in columns.values())]
     cells = {n: [f"{100 * own[s][k]:.2f}" if s in own else "" for s in sets for k in columns] for n, own in rows.items()}
     return [head, *([name, *row] for name, row in cells.items())] if cells else []
+
+
+def stages(evals: Lines) -> list[tuple[str, str, Record]]:
+    """(words, eval or test, line) of what Table 1 compares: base model, cold start, the end of the last stage; and test."""
+    by_when = {x["when"]: x for x in evals}
+    found = [(f"{name}, dev", "eval", by_when[when]) for when, name in FIRST.items() if when in by_when]
+    ends = [x for when, x in by_when.items() if when.startswith(("after RL", "after SFT"))]
+    found += [(f"this run {x['when']}, dev", "eval", x) for x in ends[-1:]]
+    return [*found, *(("this run, test", "test", x) for when, x in by_when.items() if when == "test")]
+
+
+FIRST = {"start": "base model", "after the cold start": "cold start"}
 
 
 def read_scores(path: Path) -> dict[str, Scores]:
@@ -318,8 +347,10 @@ def figures(config: Record, evals: Lines, rl: Lines, rollouts: Rollouts) -> list
     found, greedy = [], temperatures(config)[0][1]
     for s in eval_sets(evals):
         for key, words in (("acc", "accuracy"), ("iou", "IOU")):
-            values = [x[name] for x in evals if (name := f"eval/{s}/{key}") in x]
-            found.append((f"{title(s)}, {words}", f"{values[0]:.3f} → {values[-1]:.3f}", f"on dev, {greedy}"))
+            values = [(x[name], x["when"]) for x in evals if (name := f"eval/{s}/{key}") in x]
+            best, when = max(values, key=lambda value: value[0])
+            remark = f"first → last on dev, {greedy}; best {best:.3f}, {when}"
+            found.append((f"{title(s)}, {words}", f"{values[0][0]:.3f} → {values[-1][0]:.3f}", remark))
     found.append(("RL steps", f"{len(rl)} of {config['T']}", f"{rollouts.groups:,} groups, {rollouts.answers:,} answers"))
     found.append(("new samples", f"{rollouts.why['kept']:,}", "kept answers, each a new dialogue turn"))
     return found
@@ -358,7 +389,6 @@ def made(args: Report) -> str:
         raise UserError(f"{run} holds nothing to report yet: give the folder of a run after its first evaluation")
     rl = [x for x in lines if x["phase"] == "rl"]
     evals = [x for x in lines if x["phase"] == "eval" and x["when"] != "test"]
-    test = next((x for x in lines if x.get("when") == "test"), {})
     time = Timeline(config["S"], config["iterations"])
     rollouts = read_rollouts(run, [x["step"] for x in rl])
     paths = args.scores or tuple(sorted(run.glob("scores*.jsonl")))
@@ -371,10 +401,12 @@ def made(args: Report) -> str:
     return environment.get_template("report.html").render(
         name=run.resolve().name, run=str(run), config=config, state=state(lines),
         hours=sum(x.get("time/rollout_s", 0) + x.get("time/update_s", 0) for x in rl) / 3600,
-        figures=figures(config, evals, rl, rollouts), alarms=alarms(rl),
+        figures=figures(config, evals, rl, rollouts), alarms=alarms(lines, right_answers(run), config["batch_prompts"]),
         learning=drawn(learning(config, evals, rl, time), time),
         entropies=drawn(entropies(config, evals, rl, time), time), health=drawn(health(rl, time), time),
-        table_1=table_1(config, test, files), table_2=table_2(beside) if beside else None,
+        tested=any(x.get("when") == "test" for x in lines),
+        table_1=table_1(config, [x for x in lines if x["phase"] == "eval"], files),
+        table_2=table_2(beside) if beside else None,
         matrices=[*rollouts.matrices(), *written_matrices(files)], groups=groups(run, rollouts),
         why=[(WHY.get(name, name), n) for name, n in rollouts.why.most_common()], settings=settings(config),
     )

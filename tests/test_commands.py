@@ -251,7 +251,7 @@ def test_every_program_of_the_tree_ends_that_way():
             names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
             found[str(path.relative_to(ROOT))] = "command" in names
     assert len(found) > 10
-    # training/launch.py does it for selfemo.py; a peer speaks to tools.bench alone, a server to its clients, a sceptic to nobody
+    # launch.py does it for selfemo.py; a peer speaks to tools.bench, a server to its clients, a sceptic to nobody
     others = {"selfemo.py", "tools/peers.py", "tests/endpoint.py", "tests/sceptic.py"}
     assert {name for name, does in found.items() if not does} == others
 

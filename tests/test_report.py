@@ -347,6 +347,7 @@ def test_the_page_shows_the_run(html, finished):
     assert f"this run, test, greedy {' '.join(shown)}" in text
     for words in ("Selected:", "Best:", "Worst:", "You are ", "IOU =", "(Eq. 12)", "advantages (Eq. 13)", "A0 = ("):
         assert words in text, words
+    assert re.search(r"step [456] \([1-5] of 5 prompts new\)", text) and "step 1 0." in text  # iteration 1 has none
     assert "tiny, RL steps 1 to 1" in text and "tiny, RL steps 6 to 6" in text
     assert "checks are raised" in text and "No ablations beside this run" in text
 

@@ -21,21 +21,23 @@ from tools.checks import Row, peak_bytes, row, warned_waits
 from tools.decoding import busy_s, counted, differing, pace_of, waits_in
 from tools.trials import REFUSED
 
-# All checks in small
+# All checks in small, but for a run under torchrun, which tests/test_ranks.py tries in more ways; .ci/nightly has that one too
+
+IN_SMALL = tuple(name for name in CHECKS if name != "run")
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """(exit status, the JSON file) of the whole command on a CPU."""
+    """(exit status, the JSON file) of the command on a CPU."""
     out = tmp_path_factory.mktemp("accept") / "accept.json"
-    return accept.accept(Accept(cpu=True, out=str(out))), json.loads(out.read_text())
+    return accept.accept(Accept(cpu=True, only=IN_SMALL, out=str(out))), json.loads(out.read_text())
 
 
 def test_every_check_holds_on_a_cpu_or_says_why_it_means_nothing_there(small):
     status, found = small
     failed = [r for r in found["rows"] if r["verdict"] == "FAILED"]
     assert (status, failed) == (0, [])
-    assert list(dict.fromkeys(r["check"] for r in found["rows"])) == list(CHECKS)
+    assert list(dict.fromkeys(r["check"] for r in found["rows"])) == list(IN_SMALL)
     for r in found["rows"]:
         assert r["note"] if r["verdict"] == "skipped" else r["measured"], r
     means_nothing = {r["check"] for r in found["rows"] if r["verdict"] == "skipped"}
@@ -50,7 +52,7 @@ def test_the_bounds_are_those_that_were_asked_for(small):
         ("cascade", "36,864 tokens, memory", "< 2.27 GB"), ("head", "gradient of the weight", "< 0.003"),
         ("draws", "weight 0", "= 0"), ("sampler", "mean gap", "< 0.02"), ("sampler", "largest gap", "< 0.3"),
         ("graphs", "differ from eager steps", "= 0"), ("graphs", "captures", "= 4"), ("ranks", "one killed", "< 60"),
-        ("plan", "off the plan", "<= 0.1"), ("run", "mean gap", "< 0.02"), ("run", "max gap", "< 0.3"),
+        ("plan", "off the plan", "<= 0.1"),
         ("pace", "waits a step", "<= 1"), ("pace", "share of time the GPU works", "> 0.8"),
     ]  # fmt: skip
     for check, what, bound in expected:

@@ -21,7 +21,7 @@ from tools.checks import Row, peak_bytes, row, warned_waits
 from tools.decoding import busy_s, counted, differing, pace_of, waits_in
 from tools.trials import REFUSED
 
-# All checks in small, but for a run under torchrun, which tests/test_ranks.py tries in more ways; .ci/nightly has that one too
+# All checks in small but one: a run under torchrun, which tests/test_ranks.py tries in more ways, is left to .ci/nightly
 
 IN_SMALL = tuple(name for name in CHECKS if name != "run")
 

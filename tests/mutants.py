@@ -169,7 +169,7 @@ class Trial:
 
 def copy_tree(root: Path, target: Path) -> None:
     """What tests need of a tree: code, settings and documents at its top, tests/ and every room."""
-    files = {p.name for p in root.iterdir() if p.suffix in (".py", ".toml", ".md", ".txt")}
+    files = {p.name for p in root.iterdir() if p.suffix in (".py", ".toml", ".md", ".txt") or p.name == "LICENSE"}
     top = files | {"tests"} | {p.parent.name for p in root.glob("*/__init__.py")}
     shutil.copytree(root, target, ignore=lambda at, names: {*names} - top if Path(at) == root else {"__pycache__"})
 

@@ -1,6 +1,6 @@
 """SELF-EMO (arXiv:2604.18003v1), the reference implementation: Algorithm 1 from cold start to the returned policy.
 
-    python selfemo.py --preset toy --out runs/toy           the whole paper on a laptop CPU, offline, in three minutes
+    python selfemo.py --preset toy --out runs/toy           the whole paper on a laptop CPU, offline, in a few minutes
     python selfemo.py --preset small --model DIR ...        a small pretrained model on real data, on a CPU or one GPU
     torchrun --nproc_per_node 8 selfemo.py                  the paper's setting (Qwen3-8B, Table 12)
 

@@ -180,7 +180,10 @@ def on_sets(
     run: Run, task: Task, policy: Policy, sets: Mapping[str, Sequence[Sample]], k: int, t: int, name: str, when: str,
     temperatures: Sequence[float],
 ) -> None:  # fmt: skip
-    """One line of metrics: every set at every temperature, `name/<set>/acc` and so on, `@T` beside the first one."""
+    """One line of metrics: every set at every temperature, `name/<set>/acc` and so on, `@T` beside the first one.
+
+    The entropies of the parts cost another forward of all answers, so they are those at the first temperature.
+    """
     values: dict[str, Any] = {"when": when}
     rows = list[dict[str, Any]]()
     for temperature in temperatures:
@@ -190,7 +193,8 @@ def on_sets(
                 run.pause(policy)
                 answers = [g[0] for g in answer(task, policy, samples, n=1, temperature=temperature, step=EVALUATION)]
                 values |= score(samples, [a.parse for a in answers]).metrics(f"{name}/{label}{mark}/")
-                values |= task_entropies(task, policy, samples, answers, f"{name}/{label}{mark}/entropy/")
+                if not mark:
+                    values |= task_entropies(task, policy, samples, answers, f"{name}/{label}/entropy/")
                 head = {"step": t, "iteration": k, "when": when, "set": f"{name}/{label}{mark}"}
                 rows += [head | answer_record(s, a) for s, a in zip(samples, answers, strict=True)]
     run.append(f"evaluations/iteration-{k}.jsonl", rows)

@@ -5,6 +5,7 @@ caller keeps, and what it is given reaches the prompt.
 """
 
 import datetime
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -73,6 +74,7 @@ def joined(messages: Messages) -> Messages:
     return [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest]
 
 
+@functools.lru_cache  # rendering the trial for every prompt costs as much as the prompt
 def takes_system(tokenizer: "PreTrainedTokenizerBase") -> bool:
     """Whether the template writes a system text. Some raise an error at one, others leave it out without a word."""
     try:

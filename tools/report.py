@@ -90,9 +90,9 @@ def entropies(config: Record, evals: Lines, rl: Lines, time: Timeline) -> Iterat
     text = "Token entropy of the answers that the policy sampled, in nats."
     yield chart("entropy", "Entropy of the policy (a)", "nats per token", text, {"policy/entropy": "policy"}, rl, time)
     tasks = {"recognition": "recognition", "self_emotion": "own emotion", "response": "response"}
-    mark, words = temperatures(config)[-1]
+    words = temperatures(config)[0][1]
     for s in reversed(eval_sets(evals)):
-        names = {f"eval/{s}{mark}/entropy/{task}": name for task, name in tasks.items()}
+        names = {f"eval/{s}/entropy/{task}": name for task, name in tasks.items()}
         text = f"Mean token entropy of the three parts of an answer, {words}, in nats."
         yield chart(f"entropy-{s}", f"Entropy of the tasks, {title(s)} (b)", "nats per token", text, names, evals, time)
 

@@ -500,6 +500,7 @@ def accepted():
         "-m toy build": arguments("toy.base", "build"),
         "-m toy baselines": arguments("toy.__main__", "baselines"),
         "-m toy gold_sft": arguments("toy.__main__", "gold_sft"),
+        "-m toy soft_gold": arguments("toy.__main__", "soft_gold"),
         "tools.report": fields("tools.report", "Report"),
         "tools.accept": fields("tools.accept", "Accept"),
         "tools.ablate": fields("tools.ablate", "Ablate") | fields("training.config", "Config"),

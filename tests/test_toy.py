@@ -22,6 +22,7 @@ from data import Failure, Output
 from model import Group, Policy
 from toy import base as toy_base
 from toy import world
+from toy.__main__ import soft_gold
 from toy.world import LABELS
 
 SPLITS = ("train", "dev", "test")
@@ -406,3 +407,18 @@ def test_baselines_command(folders, tmp_path):
     scores = [tuple(float(part.split(" ")[-1]) for part in line.split(": ")[1].split(",")) for line in lines]
     assert all(0.25 < score < 0.65 for pair in scores for score in pair)
     assert scores[0] < scores[1] and scores[2] < scores[3]
+
+
+def test_the_softest_gold_is_the_mean_of_two_readers(tmp_path):
+    """Fear .65 and sadness .35 against "I could dance!", joy 1: .325, .175, .5. Neutral 1 against "Fine, noted.": 1."""
+    said = [
+        {"speaker": "Mira", "text": "Who is there?", "label": {"neutral": 1.0}},
+        {"speaker": "Lena", "text": "I could dance!", "label": {"fear": 0.65, "sadness": 0.35}},
+        {"speaker": "Mira", "text": "Fine, noted.", "label": {"neutral": 1.0}},
+    ]
+    (tmp_path / "world").mkdir()
+    (tmp_path / "world" / "train.jsonl").write_text(json.dumps({"id": "d0", "turns": said}) + "\n")
+    soft_gold(tmp_path / "gold.jsonl", tmp_path)
+    found = loading.read_gold(tmp_path / "gold.jsonl")
+    assert found["toy/train/d0/1"] == {"fear": 0.325, "sadness": 0.175, "joy": 0.5}
+    assert found["toy/train/d0/2"] == {"neutral": 1.0}

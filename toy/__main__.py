@@ -3,6 +3,7 @@
     python -m toy build
     python -m toy baselines     the majority class and the surface reader
     python -m toy gold_sft      SFT on gold answers with equal compute
+    python -m toy soft_gold FILE    gold of two readers who disagree, for --gold
 """
 
 import itertools
@@ -18,6 +19,7 @@ import data
 import evaluate
 from common.draws import shuffled
 from common.errors import command
+from common.files import jsonl, write_atomically
 from common.hub import quiet_transformers
 from model import Group, Policy
 from toy.base import END, build, learn
@@ -68,10 +70,31 @@ def gold_sft(root: Annotated[Path, tyro.conf.Positional] = Path("data/toy"), see
         print(f"{split} ({len(samples)}), gold SFT, {updates} updates of {size}, temperature {temperature:g}: {shown}")
 
 
+def soft_gold(file: tyro.conf.Positional[Path], root: Annotated[Path, tyro.conf.Positional] = Path("data/toy")) -> None:
+    """Write the softest gold of the toy: for each training sample the mean of its gold and what the surface reader reads.
+
+    So would two annotators label, one who knows the world and one who looks at the last utterance alone.
+
+    Args:
+        file: JSONL file to write, for --gold.
+        root: Folder of the toy world; built there if it is missing.
+    """
+    if not (root / "world").exists():
+        build(root)
+    samples = data.read_samples("toy", root / "world", "train")
+    write_atomically(file, jsonl([{"id": s.id, "weights": halves(s.gold, surface_reader(s))} for s in samples]))
+    print(f"{file}: gold weights of {len(samples)} samples")
+
+
+def halves(a: data.Weights, b: data.Weights) -> data.Weights:
+    """The mean of two readings, the emotions of the first one first."""
+    return {emotion: round((a.get(emotion, 0.0) + b.get(emotion, 0.0)) / 2, 6) for emotion in {**a, **b}}
+
+
 def main() -> int:
-    """Run a command: build, baselines or gold_sft; see `common.errors.command` for the exit status."""
+    """Run a command: build, baselines, gold_sft or soft_gold; see `common.errors.command` for the exit status."""
     quiet_transformers()
-    commands = {"build": build, "baselines": baselines, "gold_sft": gold_sft}
+    commands = {"build": build, "baselines": baselines, "gold_sft": gold_sft, "soft_gold": soft_gold}
     return command(lambda: tyro.extras.subcommand_cli_from_dict(commands, prog="python -m toy", description=__doc__))
 
 

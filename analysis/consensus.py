@@ -22,6 +22,10 @@ NAMES: Mapping[str, str] = {
     "equals_gold": "consensus equals clean gold",
     "wrong": "groups with a wrong label",
     "on_gold_if_wrong": "consensus on clean gold where the label is wrong",
+    "right_by_reward": "right answers ahead by reward",
+    "right_by_consistency": "right answers ahead by Eq. 12",
+    "right_by_advantage": "right answers ahead by advantage",
+    "several": "answers with several emotions",
 }
 
 
@@ -49,7 +53,28 @@ def shares(records: Sequence[Record], clean: Mapping[str, Weights]) -> dict[str,
         "equals_gold": mean(set(gold) == core for core, _, _, gold in original),
         "wrong": mean(wrong),
         "on_gold_if_wrong": mean(r for r, w in zip(right, wrong, strict=True) if w),
+        **{f"right_by_{name}": ahead(records, clean, name) for name in ("reward", "consistency", "advantage")},
+        "several": mean(len(a["parse"]["last_emotions"]) > 1 for r in records for a in valid(r)),
     }
+
+
+def valid(record: Record) -> list[Record]:
+    """The answers of a group that keep the rule."""
+    return [answer for answer in record["answers"] if answer["parse"]["reason"] is None]
+
+
+def ahead(records: Sequence[Record], clean: Mapping[str, Weights], name: str) -> float:
+    """How often an answer that is right by clean gold is ahead by this number of one of its group that is wrong.
+
+    Over all such pairs of valid answers to original samples; a tie is half. At .5 the number knows nothing of the truth.
+    """
+    found = list[float]()
+    for record in (r for r in records if not r["depth"]):
+        truth = heaviest(clean[record["sample_id"]])
+        hits = [(heaviest(a["parse"]["last_emotions"]) == truth, a[name]) for a in valid(record)]
+        rights, wrongs = ([x for hit, x in hits if hit is side] for side in (True, False))
+        found += [(a > b) + (a == b) / 2 for a in rights for b in wrongs]
+    return mean(found)
 
 
 def orders(record: Record) -> list[tuple[int, int]]:

@@ -8,6 +8,7 @@
 
 import itertools
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -21,6 +22,7 @@ from common.draws import shuffled
 from common.errors import command
 from common.files import jsonl, write_atomically
 from common.hub import quiet_transformers
+from corpora.dialogue import Weights
 from model import Group, Policy
 from toy.base import END, build, learn
 from toy.world import gold_target, surface_reader
@@ -86,7 +88,7 @@ def soft_gold(file: tyro.conf.Positional[Path], root: Annotated[Path, tyro.conf.
     print(f"{file}: gold weights of {len(samples)} samples")
 
 
-def halves(a: data.Weights, b: data.Weights) -> data.Weights:
+def halves(a: Weights, b: Weights) -> Weights:
     """The mean of two readings, the emotions of the first one first."""
     return {emotion: round((a.get(emotion, 0.0) + b.get(emotion, 0.0)) / 2, 6) for emotion in {**a, **b}}
 
@@ -94,7 +96,7 @@ def halves(a: data.Weights, b: data.Weights) -> data.Weights:
 def main() -> int:
     """Run a command: build, baselines, gold_sft or soft_gold; see `common.errors.command` for the exit status."""
     quiet_transformers()
-    commands = {"build": build, "baselines": baselines, "gold_sft": gold_sft, "soft_gold": soft_gold}
+    commands: dict[str, Callable[..., None]] = {"build": build, "baselines": baselines, "gold_sft": gold_sft, "soft_gold": soft_gold}
     return command(lambda: tyro.extras.subcommand_cli_from_dict(commands, prog="python -m toy", description=__doc__))
 
 

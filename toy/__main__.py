@@ -96,7 +96,8 @@ def halves(a: Weights, b: Weights) -> Weights:
 def main() -> int:
     """Run a command: build, baselines, gold_sft or soft_gold; see `common.errors.command` for the exit status."""
     quiet_transformers()
-    commands: dict[str, Callable[..., None]] = {"build": build, "baselines": baselines, "gold_sft": gold_sft, "soft_gold": soft_gold}
+    known = (build, baselines, gold_sft, soft_gold)
+    commands: dict[str, Callable[..., None]] = {function.__name__: function for function in known}
     return command(lambda: tyro.extras.subcommand_cli_from_dict(commands, prog="python -m toy", description=__doc__))
 
 

@@ -84,6 +84,14 @@ def test_the_table_and_the_picture():
     assert bands_svg("x", panels, "RL steps").count("<polygon") == 2
 
 
+def test_two_sides_are_compared_seed_by_seed():
+    """.8 - .7 and .9 - .6 at the last evaluation: mean .2, deviation .1414, half width 12.706 x .1414 / sqrt(2) = 1.2706."""
+    sides = {"a": [record([0.5, 0.8, 0], 1, 1), record([0.5, 0.9, 0], 1, 1)],
+             "b": [record([0.5, 0.7, 0], 1, 1), record([0.5, 0.6, 0], 1, 1)]}  # fmt: skip
+    assert learning.table(sides)[-1][:4] == ["difference", "2", "+0.0 [+0.0, +0.0]", "+20.0 [-107.1, +147.1]"]
+    assert len(learning.table({"a": sides["a"], "b": sides["b"][:1]})) == 3
+
+
 def test_a_finished_seed_of_trl_is_read_not_made(tmp_path):
     made = type("Made", (), {"seed": 3})
     (tmp_path / "trl-3").mkdir()

@@ -32,6 +32,7 @@ from model import Policy, few_threads
 from tools.ablate import Ablate, Job, Row, finished, job, run_all, text
 from tools.bands import Points, bands_svg
 from tools.bench import Settings, Side
+from tools.noise import signed, summary
 from toy import base
 from training import config
 from training.coldstart import ADAMW, MAX_GRAD_NORM
@@ -164,12 +165,19 @@ def title(side: str, records: Sequence[Record]) -> str:
 
 
 def table(sides: Mapping[str, Sequence[Record]]) -> list[list[str]]:
-    """Scores in per cent at the first and the last evaluation, means over seeds."""
+    """Scores in per cent at the first and the last evaluation, means over seeds, and what parts two sides.
+
+    The last line is the first side less the second, seed by seed, with its 95 % t interval; seeds share prompts and order.
+    """
     found = panels(sides)
     lines = [["", "seeds", *(f"{heading} {when}" for heading in found for when in ("first", "last"))]]
     for side, records in sides.items():
         cells = [100 * v for points in found.values() for end in (0, -1) for v in [statistics.fmean(points[side][end][1])]]
         lines.append([side, str(len(records)), *(f"{cell:.1f}" for cell in cells)])
+    if len(sides) == 2 and len({len(records) for records in sides.values()}) == 1:
+        ends = [[points[side][end][1] for side in sides] for points in found.values() for end in (0, -1)]
+        parted = [summary([a - b for a, b in zip(*pair, strict=True)]) for pair in ends]
+        lines.append(["difference", lines[-1][1], *map(signed, parted)])
     return lines
 
 

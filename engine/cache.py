@@ -48,7 +48,7 @@ def cache_bytes(config: PretrainedConfig, element_size: int, size: Size) -> int:
 
 
 class GroupCache:
-    """Keys and values of every layer: `prompt` [slots, K, S, D] once a group, `answer` [rows, K, T, D] beside them.
+    """Keys and values of every layer: `prompt` [slots, K, S, D] once per group, `answer` [rows, K, T, D] beside them.
 
     The first `groups` slots and the first `rows` rows are in use. Bytes held never exceed `cost` of the capacity.
     """
@@ -141,7 +141,7 @@ class DecodeLayout:
     hide_R11Z: Tensor
 
     def attend(self, layer: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, scaling: float) -> Tensor:
-        """See `model.Layout`. The prompt block is one matrix product a group, over all of its answers."""
+        """See `model.Layout`. The prompt block is one matrix product per group, over all of its answers."""
         R, P = len(q_NHD), len(self.row_PG)
         keys_RKTD, values_RKTD = (x[:R] for x in self.cache.answer[layer])
         at = (torch.arange(R, device=q_NHD.device), slice(None), self.length_R)
@@ -204,6 +204,6 @@ class DecodeRows:
         return DecodeLayout(cache, self.row_PG, self.group_R, self.member_R, self.length_R, hide_RZ[:, None, None])
 
     def advance(self, token_R: Tensor) -> None:
-        """One more token a row."""
+        """One more token per row."""
         self.ids_R.copy_(token_R)
         self.length_R.add_(1)

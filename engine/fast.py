@@ -1,9 +1,9 @@
-"""Fast paths of sampling. Each is chosen once a call of `rollout.generate`, and changes no answer but for rounding.
+"""Fast paths of sampling. Each is chosen once per call of `rollout.generate`, and changes no answer but for rounding.
 
 Packed weights: the products of a CPU want a weight in an order of their own. Ordered once a call in place of once a
 product, they save a seventh of a decode step in bf16 and more in float32 (SmolLM2-135M, 64 rows; see LOG.md).
 
-Recorded steps: a GPU finishes the kernels of a decode step sooner than Python can start them. Recorded once a shape as a
+Recorded steps: a GPU finishes the kernels of a decode step sooner than Python can start them. Recorded once per shape as a
 CUDA graph, they start together. A graph needs fixed shapes in fixed places; that part runs, and is tested, on a CPU too.
 Replayed steps move their rows on, so nothing is copied to the device until rows come or go.
 
@@ -107,7 +107,7 @@ class Recording:
 
 @dataclass(eq=False)
 class Recorder:
-    """`step`, recorded once a shape. Rows are filled up to a multiple of ROWS, groups to what the cache holds.
+    """`step`, recorded once per shape. Rows are filled up to a multiple of ROWS, groups to what the cache holds.
 
     Rows that fill up write their keys and values over places of the cache that are not in use. Recordings end with the
     cache's tensors that they read.

@@ -75,7 +75,7 @@ def sharded(
 ) -> ShardedPolicy:
     """A policy with uninitialised weights in shards: built on the meta device, so no rank ever holds the whole.
 
-    One FSDP group a block, one for the rest: embeddings, norm and head, which may be tied. Gradients are summed in
+    One FSDP group per block, one for the rest: embeddings, norm and head, which may be tied. Gradients are summed in
     `storage`. On several nodes every node holds all shards (HSDP).
     """
     policy = ShardedPolicy(on_meta(config, storage), layout_for(kernels_for(config, compute, where)))

@@ -118,7 +118,7 @@ LOST = r"(?i)connection (was )?(closed|reset|refused)|broken pipe|remote process
 
 
 def announce(line: str) -> None:
-    """A line for the person who watches: once, not once a rank."""
+    """A line for the person who watches: once, not once per rank."""
     if launched_rank() == 0:
         print(line, flush=True)
 

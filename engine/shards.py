@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint: one safetensors file a rank and part, each with the rows that the rank holds. No pickle.
+"""Tensors of a checkpoint: one safetensors file per rank and part, each with the rows that the rank holds. No pickle.
 
 Any number of ranks may read what any other number wrote: a file of N shards holds rows i * C to (i + 1) * C of every weight,
 C the rows over N, rounded up, which is how FSDP2 cuts them.

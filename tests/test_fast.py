@@ -250,8 +250,8 @@ class FakeCuda:
 
 
 def test_graphs_of_a_call_share_one_pool(monkeypatch):
-    """The memory of a step is there once and not once per shape. Other calls have pools of their own. Other threads may go on
-    using the device, and while a graph is recorded one of an earlier capacity is still there to keep the pool."""
+    """The memory of a step is there once and not once per shape. Other calls have pools of their own. Other threads may go
+    on using the device, and while a graph is recorded one of an earlier capacity is still there to keep the pool."""
     fake = FakeCuda(monkeypatch)
     record = cuda_graphs()
     for _ in range(3):

@@ -66,7 +66,7 @@ class Shapes:
 
 @dataclass(frozen=True)
 class Limits:
-    """Operations per second of each product, and bytes per second of each way to read; the best of each kind is the limit."""
+    """Operations per second of each product, bytes per second of each way to read; the best of each kind is the limit."""
 
     flops: Mapping[str, float]
     bytes: Mapping[str, float]

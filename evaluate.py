@@ -79,7 +79,7 @@ def macro_f1(*, gold: Sequence[str], pred: Sequence[str | None]) -> float:
 
 @dataclass(frozen=True)
 class Scores:
-    """One row a sample: gold label, predicted label (None = no valid output), IOU (Eq. 10) and reason of the failure."""
+    """One row per sample: gold label, predicted label (None = no valid output), IOU (Eq. 10) and reason of the failure."""
 
     labels: tuple[str, ...]
     gold: tuple[str, ...]
@@ -89,7 +89,7 @@ class Scores:
 
     @property
     def correct(self) -> list[bool]:
-        """Right or wrong, a sample."""
+        """Whether the answer is right, per sample."""
         return [g == p for g, p in zip(self.gold, self.pred, strict=True)]
 
     def metrics(self, prefix: str = "") -> dict[str, float]:
@@ -121,7 +121,7 @@ class Scores:
 
 
 def score(samples: Sequence[Sample], parses: Sequence[Parse]) -> Scores:
-    """Scores of one answer a sample against its gold. Raises ValueError for no samples."""
+    """Scores of one answer per sample against its gold. Raises ValueError for no samples."""
     if not samples:
         raise ValueError("there is nothing to score")
     valid = [(s, p if isinstance(p, Output) else None) for s, p in zip(samples, parses, strict=True)]
@@ -273,7 +273,7 @@ def span_entropies(
 def prediction_rows(
     samples: Sequence[Sample], answers: Sequence[tuple[str, bool]], date: str | None = None
 ) -> list[dict[str, Any]]:
-    """What --out keeps, one row a sample: id, gold, the text of the answer, how it reads and what that earns.
+    """What --out keeps, one row per sample: id, gold, the text of the answer, how it reads and what that earns.
 
     `date`: the one that the prompts show, if their chat template shows one.
     """

@@ -1,11 +1,12 @@
 """The policy: any Hugging Face causal LM, with an attention that lets the n answers to one prompt share that prompt.
 
-A batch is one packed stream of tokens without padding: all prompts, then all answers, group after group. Every linear layer
-sees each prompt once; only attention knows where one ends. `GroupLayout` says what it computes, engine.cascade does it
-without a mask.
+A *group* is a prompt with its answers. A batch of groups is one packed stream of tokens without padding: first all prompts,
+then all answers, group after group. Every linear layer sees each prompt once; only attention knows where a text ends.
+`GroupLayout` is the plain form of this attention; engine.cascade computes the same without a mask.
 
-Shapes: N tokens of the stream, the first L of prompts and M of answers; P groups (prompts), B answers (prompt-major), S
-prompt tokens, T answer tokens, Z = S + T, H query heads, K key/value heads, D head width, V vocabulary. Padding is right.
+Shapes: N tokens of the stream, first L of prompts, then M of answers; P groups (one prompt each), B answers (those of the
+first prompt come first), S tokens of the longest prompt, T of the longest answer, Z = S + T, H query heads, K key/value
+heads (each serves H / K query heads), D head width, V vocabulary. Where there is padding, it stands at the right.
 """
 
 import copy
@@ -40,7 +41,7 @@ class Layout(Protocol):
         ...
 
 
-# From the lengths of the prompts, those of the answers to each, and where the stream lies.
+# Makes a layout from the lengths of the prompts, the lengths of the answers to each, and the device of the stream.
 LayoutOf = Callable[[Sequence[int], Sequence[Sequence[int]], torch.device], Layout]
 
 
@@ -65,10 +66,10 @@ def attention(
 ) -> tuple[Tensor, None]:
     """The attention that transformers calls in every layer: [1, H, N, D] in, [1, N, H, D] out.
 
-    Without a layout it is plain causal attention over rows of one length: `lm(input_ids)` means what it always means. A 2-D
-    padding mask never arrives here (transformers drops it for attentions that it does not know), so do not pass one.
-    Positions are in queries and keys already; there is no dropout, for an answer has one probability. Raises `Unlike` for
-    everything else that is asked of it: masks, caches, windows, soft caps, sinks, biases, chosen keys.
+    Without a layout it is plain causal attention over rows of one length, so `lm(input_ids)` means what it always means. Do
+    not pass a 2-D padding mask: transformers drops it for attentions that it does not know, and it never arrives here. The
+    model has put positions into queries and keys before. There is no dropout, because an answer has one probability. Raises
+    `Unlike` for everything else that is asked of it: masks, caches, windows, soft caps, sinks, biases, chosen keys.
     """
     if asked := sorted(name for name, what in unknown.items() if what is not None and what is not False):
         raise Unlike(f"it asks its attention for {', '.join(asked)}, which group attention does not know")
@@ -102,10 +103,11 @@ def pad(rows: Sequence[Sequence[int]], value: int = 0) -> Tensor:
 
 @dataclass(frozen=True)
 class GroupLayout:
-    """Training attention in two parts: prompts by themselves, then answers over (their prompt, themselves).
+    """Training attention in two parts: prompts attend to themselves, then answers attend to their prompt and themselves.
 
-    `prompt_PS` and `answer_BT` hold stream positions (padding points at position 0 and is never read back), `owner_B` the
-    group of each answer, `mask_B1TZ` what an answer token sees, `back_N` where the stream's tokens lie in the rectangles.
+    Each part lays its tokens out as a padded rectangle. `prompt_PS` and `answer_BT` say which stream position stands where
+    in it (padding points at position 0 and is never read back), `owner_B` which group an answer belongs to, `mask_B1TZ` what
+    an answer token sees, and `back_N` where each token of the stream lies in the two rectangles, flattened and joined.
     """
 
     prompt_PS: Tensor
@@ -116,7 +118,7 @@ class GroupLayout:
 
     @classmethod
     def of(cls, prompts: Sequence[int], answers: Sequence[Sequence[int]], device: torch.device) -> "GroupLayout":
-        """The rectangles of a stream, from the lengths of its prompts and of the answers to each of them."""
+        """The layout of a stream, from the lengths of its prompts and of the answers to each of them."""
         each = [length for group in answers for length in group]
         prompt_PS, answer_BT = pad(pieces(0, prompts)), pad(pieces(sum(prompts), each))
         owner_B = torch.tensor([index for index, group in enumerate(answers) for _ in group])
@@ -128,7 +130,7 @@ class GroupLayout:
         return cls(*(x.to(device) for x in (prompt_PS, answer_BT, owner_B, mask_BTZ[:, None], back_N)))
 
     def attend(self, layer: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, scaling: float) -> Tensor:
-        """See `Layout`. A prompt's keys and values come from one forward, whatever the number of its answers."""
+        """See `Layout`. The keys and values of a prompt are computed once, whatever the number of its answers."""
         pq, pk, pv = (rectangle(x, self.prompt_PS) for x in (q_NHD, k_NKD, v_NKD))
         prompt_PHSD = F.scaled_dot_product_attention(pq, pk, pv, is_causal=True, scale=scaling, enable_gqa=True)
         aq, ak, av = (rectangle(x, self.answer_BT) for x in (q_NHD, k_NKD, v_NKD))
@@ -144,8 +146,9 @@ def masked_attention(
 ) -> Tensor:
     """Attention under a mask. `spread` repeats each key/value head for its query heads, which changes no result.
 
-    On CUDA a mask with `enable_gqa` is left to PyTorch's math kernel, which holds all scores at once; heads that are spread
-    keep the fused one. Elsewhere they would only cost memory.
+    On CUDA, a mask together with `enable_gqa` (query heads that share key/value heads) makes PyTorch take its slow kernel,
+    which holds all scores at once. With repeated heads it takes a fused one, which does not. Elsewhere repeating would only
+    cost memory.
     """
     if spread:
         k_BKZD, v_BKZD = (x.repeat_interleave(q_BHTD.shape[1] // x.shape[1], dim=1) for x in (k_BKZD, v_BKZD))
@@ -153,17 +156,17 @@ def masked_attention(
 
 
 def rectangle(x_NHD: Tensor, index: Tensor) -> Tensor:
-    """Rows of the stream laid out as [rows, H, columns, D] by their positions [rows, columns]."""
+    """Tokens of the stream laid out as [rows, H, columns, D]; `index` [rows, columns] has the stream position of each."""
     return x_NHD.index_select(0, index.flatten()).view(*index.shape, *x_NHD.shape[1:]).transpose(1, 2)
 
 
 def pieces(first: int, lengths: Sequence[int]) -> list[range]:
-    """Stream positions of pieces that follow each other from `first` on."""
+    """Stream positions of pieces of these lengths that follow each other from `first` on."""
     return list(itertools.starmap(range, itertools.pairwise(itertools.accumulate(lengths, initial=first))))
 
 
 def places(lengths: Sequence[int], width: int) -> list[int]:
-    """Row-major places of right-padded rows in a rectangle so wide."""
+    """Where the tokens of right-padded rows lie in a rectangle of this width, counted row by row; padding left out."""
     return [row * width + column for row, length in enumerate(lengths) for column in range(length)]
 
 
@@ -176,7 +179,7 @@ class Batch:
     layout: Layout
     predict_M: Tensor  # stream position whose hidden state predicts the token: the prompt's last one for the first token
     target_M: Tensor
-    slot_M: Tensor  # row-major place in [B, T]
+    slot_M: Tensor  # place in [B, T], counted row by row
     shape: tuple[int, int]  # (B, T)
 
 
@@ -208,7 +211,7 @@ class Policy(nn.Module):
         """Wrap `lm`, which must have been opened with our attention (see `load`)."""
         super().__init__()
         self.lm = lm
-        self.longest: int | None = None  # tokens of a text at most, where there is a limit: see `check_architecture`
+        self.longest: int | None = None  # most tokens of a text, or None without a limit: see `check_architecture`
         self.layout_of = layout_of
 
     @classmethod
@@ -217,8 +220,8 @@ class Policy(nn.Module):
     ) -> "Policy":
         """Open a Hugging Face causal LM (folder or hub name); "auto" leaves weights in the type they are stored in.
 
-        Raises `UserError` where it cannot be opened, where weights are missing, and where sharing a prompt would change
-        what the model says (recurrent layers, scaled logits).
+        Raises `UserError` where the model cannot be opened, where weights are missing, and where sharing a prompt would
+        change what it says (recurrent layers, scaled logits).
         """
         longest = check_architecture(read_config(path), path)
         check_model(Path(path))
@@ -242,7 +245,7 @@ class Policy(nn.Module):
 
     @classmethod
     def load_here(cls, path: str | Path) -> "Policy":
-        """Open one that only answers: bf16 on a GPU, else float32 on the CPU. Raises `UserError` as `load` does."""
+        """Open a model that only answers: bf16 on a GPU, else float32 on the CPU. Raises `UserError` as `load` does."""
         gpu = torch.cuda.is_available()
         return cls.load(path, torch.bfloat16 if gpu else torch.float32, "cuda" if gpu else "cpu").eval()
 
@@ -252,10 +255,10 @@ class Policy(nn.Module):
         return next(self.parameters()).device
 
     def forward(self, groups: Sequence[Group], *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Token log-probs and entropies of every answer: logp_BT, entropy_BT in nats, prompt-major, 0 off the answer.
+        """Token log-probs and entropies of every answer: logp_BT and entropy_BT in nats, 0 behind an answer's end.
 
-        Both are those of the distribution that is sampled: logits / temperature (D19). The prompt is computed once a
-        group. The entropy is a measurement and carries no gradient.
+        Both belong to the distribution that is sampled from, logits / temperature (D19). Each prompt is computed once. The
+        entropy is a measurement and carries no gradient.
         """
         check_length(self, groups)
         batch = pack(groups, self.device, self.layout_of)
@@ -281,9 +284,9 @@ class Policy(nn.Module):
         return self
 
     def frozen_copy(self, *, offload: bool = False) -> "Policy":
-        """The same weights, apart and without gradients: the reference of the KL term (D6).
+        """A copy of the weights without gradients: the reference of the KL term (D6).
 
-        `offload` keeps a sharded copy in main memory between layers; a whole policy lies there anyway.
+        `offload` keeps a sharded copy in main memory between layers (see engine.fsdp); a whole policy lies there anyway.
         """
         return copy.deepcopy(self).requires_grad_(False)
 
@@ -294,13 +297,13 @@ class Policy(nn.Module):
 
 
 def check_length(policy: Policy, groups: Sequence[Group]) -> None:
-    """Raise `UserError` for a text beyond the longest one that the model computes alike in every company."""
+    """Raise `UserError` for a text that is too long for the model: see `check_architecture`."""
     tokens = max((len(g.prompt_ids) + max(map(len, g.answers), default=0) for g in groups), default=0)
     if policy.longest is not None and tokens > policy.longest:
         raise UserError(f"a text of {tokens} tokens: this model is right up to {policy.longest} (see `check_architecture`)")
 
 
-# What can be opened: models that say with our attention what they say with transformers' own
+# What can be opened: models whose log-probs with our attention are those with transformers' own
 
 
 def shape(config: PretrainedConfig) -> tuple[int, int, int]:
@@ -312,10 +315,10 @@ def shape(config: PretrainedConfig) -> tuple[int, int, int]:
 
 
 def check_architecture(config: PretrainedConfig, path: str | Path, tokens: int = 0) -> int | None:
-    """The longest text, in tokens, that a model computes alike in every company; None where any is.
+    """The longest text, in tokens, that gets the same log-probs whatever stands beside it; None without a limit.
 
-    Raises `UserError` for an architecture that our attention cannot stand for, and where texts of `tokens` are too long.
-    Weights are not looked at: a tiny random model of the same architecture is compared, which takes a part of a second.
+    Raises `UserError` for an architecture that our attention cannot replace, and where texts of `tokens` are too long. The
+    weights are not read: a tiny random model of the same architecture is compared, which takes a fraction of a second.
     """
     try:
         longest = _longest(Known(config.to_json_string(use_diff=False), config))
@@ -347,8 +350,8 @@ def _longest(known: Known) -> int | None:
 def compare(config: PretrainedConfig) -> None:
     """Raise `Unlike` unless a random model of this shape has the log-probs that transformers' eager attention gives it.
 
-    For answers that share a prompt, beside a longer prompt and alone, up to 52 tokens: longer than what `shrunk` leaves of
-    windows and chunks.
+    Eager attention is transformers' plain one. The answers share a prompt, alone and beside a longer one. Texts have up to
+    52 tokens, which is longer than what `shrunk` leaves of windows and chunks.
     """
     eager = random_model(config)
     policy = Policy(copy.deepcopy(eager))
@@ -374,7 +377,7 @@ def check_layers(policy: Policy) -> None:
 
 @dataclass(frozen=True)
 class Seen:
-    """A layout that notes who calls it: (layer, key heads, their width, value heads, their width)."""
+    """A layout that notes the calls it gets: (layer, key heads, their width, value heads, their width)."""
 
     calls: list[tuple[int, int, int, int, int]]
 
@@ -401,7 +404,10 @@ def check_sharing(policy: Policy) -> None:
 
 
 def check_close(policy: Policy, plain: Any, groups: Sequence[Group], within: float) -> None:
-    """Raise `Unlike` unless log-probs are `within` nats of those of a model that sees every answer alone. NaN equals NaN."""
+    """Raise `Unlike` unless log-probs are within so many nats of those of `plain`, which sees every answer alone.
+
+    NaN counts as equal to NaN.
+    """
     logp_BT, _ = policy(groups)
     for row, (prompt, answer) in zip(logp_BT, [(g.prompt_ids, a) for g in groups for a in g.answers], strict=True):
         ids_1N = torch.tensor([[*prompt, *answer]], device=policy.device)
@@ -415,7 +421,7 @@ def check_close(policy: Policy, plain: Any, groups: Sequence[Group], within: flo
 def few_threads(policy: Policy) -> None:
     """Let a small model on a CPU compute on one thread, unless OMP_NUM_THREADS says otherwise.
 
-    Its products are over before a second thread has begun; beside other work, waiting for that thread doubles the time.
+    Its matrix products are over before a second thread has begun. Beside other work, waiting for it doubles the time.
     """
     small = sum(p.numel() for p in policy.parameters()) < ONE_THREAD_BELOW
     if small and policy.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:

@@ -1,6 +1,6 @@
 """Rollouts: n answers to each prompt, sampled in batches from scratch.
 
-The n answers share their prompt: its keys and values are computed and stored once a group, each answer's own beside them.
+The n answers share their prompt: its keys and values are computed and stored once per group, each answer's own beside them.
 A decode step scores an answer's token against both blocks and joins them before one softmax. Finished answers leave the
 matrix products at once, and the place of a finished group goes to the next prompt (continuous batching).
 
@@ -267,7 +267,7 @@ class Engine:
         return DecodeRows(row_PG, group_R, member_R, prompt_R, ids_R, length_R, uniform_RA)
 
     def extend(self, rows: Sequence[Row], drawn_R3: Tensor) -> None:
-        """Give each row the token that was drawn for it. Here, once a step, the host waits for the device."""
+        """Give each row the token that was drawn for it. Here, once per step, the host waits for the device."""
         there_R3 = drawn_R3.to("cpu", non_blocking=True)  # from CUDA into pinned memory
         for row in rows:  # meanwhile
             if (end := len(row.ids) + 1) % AHEAD == 0:

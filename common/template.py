@@ -97,7 +97,7 @@ def check_template(tokenizer: "PreTrainedTokenizerBase") -> None:
 
 
 def remarks(tokenizer: "PreTrainedTokenizerBase", date: str) -> list[str]:
-    """What somebody should know about the prompts of a tokenizer, a line each."""
+    """What somebody should know about the prompts of a tokenizer, one line each."""
     name, said = tokenizer.name_or_path, []
     if not takes_system(tokenizer):
         said.append(f"{name}: the chat template has no system role: the system text goes before the user's")

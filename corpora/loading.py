@@ -28,7 +28,7 @@ def load(
     dataset: str, root: str | Path, split: str, *, context: Context = "labelled", soft_labels: bool = False
 ) -> list[Dialogue]:
     """The dialogues of one split: `meld` and `emorynlp` from the CSV files of declare-lab/MELD, `iemocap` from its official
-    release or the folder around it (D22), any other name from {train,dev,test}.jsonl in `root`, a dialogue a line as in
+    release or the folder around it (D22), any other name from {train,dev,test}.jsonl in `root`, a dialogue per line as in
     DIALOGUE, with "personas": {name: sentence} if there are any.
 
     `context` is for IEMOCAP: drop unlabelled turns as benchmarks do, or keep them. `soft_labels`: annotators' votes as

@@ -1,6 +1,7 @@
-"""Micro-batches: what goes through the model at once. How a mini-batch is cut changes memory and time, never the result.
+"""Micro-batches: what goes through the model at once. A mini-batch is what one optimizer step learns from; how it is cut
+into micro-batches changes memory and time, never the result.
 
-Shapes: B answers, T tokens of the longest of them, as in model.py; M micro-batches, X numbers of each.
+Shapes: B answers and T tokens of the longest, as in model.py; M micro-batches, X numbers that are measured of each.
 """
 
 import itertools
@@ -13,15 +14,16 @@ from torch import Tensor
 from engine.processes import divide, rank, size, summed
 from model import Group, Policy
 
-MICRO_TOKENS = 32_768  # of a micro-batch at most, so that long answers cannot fill the memory; one answer always fits
+MICRO_TOKENS = 32_768  # most tokens of a micro-batch, so that long answers cannot fill the memory; one answer always fits
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Groups that are computed together: number so of so many, the rows of their answers among all, the scale of their loss.
+    """Groups that are computed together: micro-batch `number` of `of`, with the answers `rows` of the mini-batch.
 
-    The scale is the number of ranks, because FSDP averages gradients over them; it is 0 where a rank that is short of work
-    computes the cheapest micro-batch once more to keep in step. What it measured is then not `counted`.
+    The loss is multiplied by `scale`. That is the number of ranks (processes), because FSDP averages gradients over them. It
+    is 0 where a rank has no work left and computes the cheapest micro-batch once more, to keep in step with the others; what
+    it measures is then not `counted`.
     """
 
     number: int
@@ -32,12 +34,12 @@ class MicroBatch:
 
     @property
     def counted(self) -> bool:
-        """Whether what this rank computes of it is the one result that counts."""
+        """Whether this rank's result is the one that counts: it is not a repetition to keep in step."""
         return self.scale > 0
 
 
 def my_micro_batches(groups: Sequence[Group], most_rows: int, most: int = MICRO_TOKENS) -> Iterator[MicroBatch]:
-    """The micro-batches that this rank computes. Every rank takes the same number of turns, or FSDP would hang."""
+    """The micro-batches that this rank computes. Every rank gets the same number of them, or FSDP would hang."""
     parts = list(micro_batches(groups, most_rows, most))
     ends = list(itertools.accumulate(map(answers_of, parts)))
     costs = [tokens_of(part) for part in parts]
@@ -50,7 +52,7 @@ def my_micro_batches(groups: Sequence[Group], most_rows: int, most: int = MICRO_
 
 @torch.no_grad()
 def logprobs(policy: Policy, groups: Sequence[Group], *, micro_batch: int, temperature: float) -> Tensor:
-    """logp_BT of every answer under the policy as it stands, 0 off the answer, in float32 at least, on every rank."""
+    """logp_BT of every answer under the policy as it stands, on every rank; 0 behind an answer's end, float32 at least."""
     lengths = [len(answer) for group in groups for answer in group.answers]
     dtype = torch.promote_types(policy.lm.dtype, torch.float32)
     logp_BT = torch.zeros(len(lengths), max(lengths), dtype=dtype, device=policy.device)
@@ -62,7 +64,7 @@ def logprobs(policy: Policy, groups: Sequence[Group], *, micro_batch: int, tempe
 
 
 def on_host(found: Sequence[tuple[MicroBatch, Mapping[str, Tensor]]]) -> list[dict[str, float]]:
-    """The scalars that were measured of every micro-batch, on every rank: one copy from the device for all of them."""
+    """The scalars measured in every micro-batch, those of all ranks, on every rank; copied from the device all at once."""
     names, (first, scalars) = list(found[0][1]), found[0]
     table_MX = torch.zeros(first.of, len(names), dtype=torch.float64, device=scalars[names[0]].device)
     for part, values in found:
@@ -92,7 +94,10 @@ def micro_batches(groups: Sequence[Group], rows: int, most: int = MICRO_TOKENS) 
 
 
 def fitting(part: Sequence[Group], group: Group, rows: int, most: int) -> int:
-    """How many of the first answers of a group fit beside a part: attention lays out answers x (prompt + answer), padded."""
+    """How many of a group's first answers still fit into a part.
+
+    Attention lays out answers x (longest prompt + longest answer) tokens, padding included; that is what `most` bounds.
+    """
     prompt = max(len(g.prompt_ids) for g in (*part, group))
     longest = max((len(answer) for g in part for answer in g.answers), default=0)
     count = answers_of(part)
@@ -114,6 +119,6 @@ def tokens_of(part: Sequence[Group]) -> int:
 
 
 def longest_micro_batch(prompt_tokens: int, answer_tokens: int, n: int, micro_batch: int) -> list[Group]:
-    """A micro-batch of groups with n answers, with prompts and answers of these lengths."""
+    """The micro-batch of most tokens where all groups have n answers, and prompts and answers have these lengths."""
     group = Group([0] * prompt_tokens, [[0] * answer_tokens] * n)
     return max(micro_batches([group] * -(-micro_batch // n), micro_batch), key=tokens_of)

@@ -1,6 +1,8 @@
-"""The group cache: the keys and values of a prompt once, those of each of its answers beside them, and attention over both.
+"""The group cache: keys and values of earlier tokens, kept so that sampling computes each once, and attention over them.
 
-Dense tensors that grow by buckets. The layouts are the attention of `model.attention` while a batch samples.
+A group is a prompt with its answers: the prompt's keys and values are there once, those of each answer beside them. They lie
+in dense tensors that grow by `BUCKET` tokens or more. `PrefillLayout` is the attention while prompts are read,
+`DecodeLayout` while answers get their next token; both are given to `model.attention`.
 
 Shapes: as in rollout.py. X stands for S, D or Z, Y for G * Q.
 """
@@ -15,51 +17,51 @@ from transformers import PretrainedConfig, PreTrainedModel
 from common.head import product
 from model import rectangle, shape
 
-Size = tuple[int, int, int, int]  # capacity of a cache: groups, S, rows, T
+Size = tuple[int, int, int, int]  # capacity of a cache: groups, S tokens of a prompt, rows (answers), T tokens of an answer
 BUCKET = 64  # the cache grows by this many tokens
 
 
 def bucket(tokens: int) -> int:
-    """`tokens` rounded up to what the cache grows by."""
+    """`tokens` rounded up to a multiple of BUCKET."""
     return -(-tokens // BUCKET) * BUCKET
 
 
 def doubled(size: Size, need: Size, most: Size) -> Size:
-    """A capacity for the need: what is too small in `size` doubles, but not beyond `most`."""
+    """A capacity that holds `need`: each part of `size` that is too small doubles, but not beyond `most`."""
     sides = zip(size, need, most, strict=True)
     grown = (have if want <= have else max(want, min(2 * have, top)) for have, want, top in sides)
     return tuple(grown)  # type: ignore[return-value]
 
 
 def largest(prompts: int, n: int, rows: int, S: int, T: int) -> Size:
-    """The capacity never outgrown by so many prompts of S tokens, n answers of T tokens each, and `rows` decoded together.
+    """The capacity that is always enough: for prompts of S tokens, n answers of T tokens each, `rows` of them at once.
 
-    A group comes in while n rows are free, so there are most groups when all older ones have one row left.
+    A group comes in when n rows are free. So there are most groups when each of the older ones has one row left.
     """
     groups = min(prompts, max(1, rows - n + 1))
     return groups, bucket(S), min(prompts * n, max(rows, n)), bucket(T)
 
 
 def cache_bytes(config: PretrainedConfig, element_size: int, size: Size) -> int:
-    """Bytes of keys and values with a capacity, counting the layer that is being moved while the cache grows."""
+    """Bytes of keys and values with a capacity. While the cache grows, one layer is there twice; that is counted."""
     slots, S, rows, T = size
     L, K, D = shape(config)
     return (L + 1) * 2 * K * D * element_size * (slots * S + rows * T)
 
 
 class GroupCache:
-    """Keys and values of every layer: `prompt` [slots, K, S, D] once a group, `answer` [rows, K, T, D] beside them.
+    """Keys and values of every layer: `prompt` [slots, K, S, D] once per group, `answer` [rows, K, T, D] beside them.
 
     The first `groups` slots and the first `rows` rows are in use. Bytes held never exceed `cost` of the capacity.
     """
 
     def __init__(self, lm: PreTrainedModel) -> None:
-        """An empty cache for the shapes of `lm`."""
+        """An empty cache for the layers of `lm`."""
         self.config: PretrainedConfig = lm.config
         self.layers, self.K, self.D = shape(self.config)
         self.like = next(lm.parameters())
         self.size = (0, 0, 0, 0)  # slots, S, rows, T
-        self.version = 0  # how often tensors have moved
+        self.version = 0  # how often the tensors have moved to other addresses
         self.prompt = [(self.zeros(0, 0), self.zeros(0, 0)) for _ in range(self.layers)]
         self.answer = [(self.zeros(0, 0), self.zeros(0, 0)) for _ in range(self.layers)]
 
@@ -68,7 +70,7 @@ class GroupCache:
         return self.like.new_zeros(rows, self.K, tokens, self.D)
 
     def cost(self, size: Size) -> int:
-        """Bytes at most held with this capacity, counting the layer that is being moved while the cache grows."""
+        """Most bytes held with this capacity; see `cache_bytes`."""
         return cache_bytes(self.config, self.like.element_size(), size)
 
     def resize(self, size: Size) -> None:
@@ -98,7 +100,7 @@ class GroupCache:
                 x[target] = x[source]
 
     def move_group(self, source: int, target: int) -> None:
-        """The same for a prompt."""
+        """Copy a prompt over one whose answers are finished, so that the slots in use stay the first ones."""
         for pair in self.prompt:
             for x in pair:
                 x[target] = x[source]
@@ -106,7 +108,7 @@ class GroupCache:
 
 @dataclass(frozen=True)
 class PrefillLayout:
-    """Prompts attend to themselves, and their keys and values go into the cache at `first`, `first` + 1, ..."""
+    """Prompts attend to themselves, and their keys and values go into slots `first`, `first` + 1, ... of the cache."""
 
     cache: GroupCache
     prompt_PS: Tensor
@@ -129,8 +131,8 @@ class DecodeLayout:
 
     The tables are those of `DecodeRows`; `hide_R11Z` is -inf where a row must not look.
 
-    Z is the whole capacity of the cache. What is not in use is hidden and not cut off: the bf16 products of a CPU copy a
-    block that is not dense, 2-5 x the product's own time.
+    Z is the whole capacity of the cache. What is not in use is hidden and not cut off: a CPU copies a block that is not
+    dense before it multiplies in bf16, and that takes 2-5 x the product's own time.
     """
 
     cache: GroupCache
@@ -141,7 +143,7 @@ class DecodeLayout:
     hide_R11Z: Tensor
 
     def attend(self, layer: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, scaling: float) -> Tensor:
-        """See `model.Layout`. The prompt block is one matrix product a group, over all of its answers."""
+        """See `model.Layout`. The prompt block is one matrix product per group, over all of its answers."""
         R, P = len(q_NHD), len(self.row_PG)
         keys_RKTD, values_RKTD = (x[:R] for x in self.cache.answer[layer])
         at = (torch.arange(R, device=q_NHD.device), slice(None), self.length_R)
@@ -169,11 +171,12 @@ class DecodeLayout:
 
 @dataclass(frozen=True, eq=False)
 class DecodeRows:
-    """The unfinished answers, where the weights are. Steps move them on in place; they are made anew when rows come or go.
+    """The unfinished answers, one per row, on the device of the weights.
 
-    `row_PG` says which row stands where in its group (padding: row 0, never read back), `group_R` and `member_R` where a row
-    stands in `row_PG`, `prompt_R` how long its prompt is, `ids_R` its last token, `length_R` how many of its tokens are
-    cached: all but the last. Column t % A of `uniform_RA` decides token t of the answer.
+    A decode step changes them in place; they are made anew when rows come or go. `row_PG` has the rows of each group
+    (padding: row 0, never read back), `group_R` and `member_R` say where a row stands in `row_PG`. `prompt_R` is the length
+    of a row's prompt, `ids_R` its last token, and `length_R` how many tokens of its answer are cached: all but the last.
+    Column t % A of `uniform_RA` has the random number that decides token t of the answer.
     """
 
     row_PG: Tensor
@@ -186,7 +189,7 @@ class DecodeRows:
 
     @property
     def positions_R(self) -> Tensor:
-        """Where the last tokens stand, counted from the beginning of their prompts."""
+        """Positions of the last tokens, counted from the beginning of their prompts."""
         return self.prompt_R + self.length_R
 
     @property
@@ -204,6 +207,6 @@ class DecodeRows:
         return DecodeLayout(cache, self.row_PG, self.group_R, self.member_R, self.length_R, hide_RZ[:, None, None])
 
     def advance(self, token_R: Tensor) -> None:
-        """One more token a row."""
+        """One more token per row."""
         self.ids_R.copy_(token_R)
         self.length_R.add_(1)

@@ -1,15 +1,17 @@
-"""Training attention without a mask: what `model.GroupLayout` computes, in two calls of variable length and their merge.
+"""Training attention without a mask: computes what `model.GroupLayout` computes by two calls of a GPU's fast kernels.
 
-A query of an answer sees two sets of keys that have none in common: its own answer so far, and its whole prompt. One call
-lets every prompt and every answer attend to itself, causally. The other lets the answers of a group, as one piece, attend to
-their prompt. The stream begins with all prompts, so both read slices of one q, k and v, and nothing is copied. With o and
-lse the output and the log of the sum of exp(scores) that each call finds,
+A kernel here is a library's attention function that takes pieces of different lengths. A query of an answer sees two sets of
+keys that have none in common: its own answer so far, and its whole prompt. One call lets every prompt and every answer
+attend to itself, causally. The other lets the answers of a group, as one piece, attend to their prompt. The stream begins
+with all prompts, so both calls read slices of one q, k and v, and nothing is copied. Each call returns its output o and its
+log-sum-exp lse, the log of the sum of exp(scores) over its keys. They are merged:
 
     lse = logaddexp(lse_own, lse_prompt)        o = exp(lse_own - lse) o_own + exp(lse_prompt - lse) o_prompt
 
-The weight of key j in the whole is exp(s_ij - lse), and its backward needs only the merged o besides. So each call's own
-backward, given the merged o and lse, returns its keys' exact share. Autograd must not do the merge: these kernels pass no
-gradient through lse, and say nothing of it, so dq and dk would be wrong by as much as their own size.
+Backward: the weight of key j for query i, over both sets, is exp(s_ij - lse), where s_ij is the score. Beside these weights
+and what comes in, the gradients need only the merged o. So the backward of each call, given the merged o and lse, returns
+exactly its part of the gradients. Autograd must not do the merge: these kernels pass no gradient through lse, and give no
+warning, so dq and dk would be wrong by as much as their own size.
 
 Shapes: N tokens of the stream, the first L of prompts, H query heads, K key/value heads, G = H / K, D head width. One
 call has X queries and Y keys.
@@ -29,14 +31,15 @@ from transformers import PretrainedConfig
 from model import GroupLayout, LayoutOf, shape
 
 ROWS = 4096  # rows merged at once: float32 copies of all rows would be the largest tensors of a layer
-WIDEST_HEAD = 256  # what the kernels have
+WIDEST_HEAD = 256  # head widths beyond it have no kernels
 
 
 @dataclass(frozen=True)
 class Segments:
     """What a call needs beside q, k and v: where its pieces begin, the longest of them, and whether they are causal.
 
-    The bounds are int32 on the device of q; lengths are Python's numbers, for reading them there would wait for the GPU.
+    The bounds `cu_q` and `cu_k` are int32 on the device of q. The lengths are Python's numbers, because Python would have to
+    wait for the GPU to read them from there.
     """
 
     cu_q: Tensor
@@ -56,8 +59,8 @@ class Segments:
 class Kernels:
     """Attention over pieces, with H a multiple of K. `lse_HX` is the natural log, over scaled scores, in float32 at least.
 
-    `forward` takes q_XHD, k_YKD, v_YKD, pieces and the scale, and returns out_XHD and lse_HX. `backward` takes dout_XHD
-    before these and out_XHD and lse_HX behind v, as given: it returns dq, dk and dv.
+    `forward` takes q_XHD, k_YKD, v_YKD, pieces and the scale, and returns out_XHD and lse_HX. `backward` takes dout_XHD, q,
+    k, v, out_XHD, lse_HX, pieces and the scale, and returns dq, dk and dv. It believes the out and lse that it is given.
     """
 
     forward: Callable[[Tensor, Tensor, Tensor, Segments, float], tuple[Tensor, Tensor]]
@@ -66,7 +69,7 @@ class Kernels:
 
 @dataclass(frozen=True)
 class CascadeLayout:
-    """The two calls of a stream."""
+    """What the two calls for a stream need: `own` pieces, `prompt` pieces, and L, where the answers begin."""
 
     own: Segments
     prompt: Segments
@@ -89,7 +92,7 @@ class CascadeLayout:
 
 
 class Cascade(torch.autograd.Function):
-    """Both calls as one step for autograd. Kept for backward: q, k, v, the merged out and lse."""
+    """Both calls and the merge as one step for autograd. Kept for backward: q, k, v, the merged out and lse."""
 
     @staticmethod
     def forward(ctx: Any, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, layout: CascadeLayout, scale: float) -> Tensor:
@@ -110,7 +113,7 @@ class Cascade(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout_NHD: Tensor) -> tuple[Tensor | None, ...]:
-        """The shares of both calls, added."""
+        """The gradients from both calls, added."""
         q, k, v, out, lse = ctx.saved_tensors
         L, call, dout = ctx.layout.L, ctx.layout.kernels.backward, dout_NHD.contiguous()
         dq, dk, dv = call(dout, q, k, v, out, lse, ctx.layout.own, ctx.scale)
@@ -122,7 +125,7 @@ class Cascade(torch.autograd.Function):
         return dq, dk, dv, None, None
 
 
-# The kernels in plain words: any device, any type, one piece after the other
+# The kernels in plain PyTorch: any device, any type, one piece after the other
 
 
 def pairs(s: Segments) -> Iterator[tuple[slice, slice]]:
@@ -133,7 +136,7 @@ def pairs(s: Segments) -> Iterator[tuple[slice, slice]]:
 
 
 def scores(q_XHD: Tensor, k_YHD: Tensor, causal: bool, scale: float) -> Tensor:
-    """Scaled scores [H, X, Y]; -inf for keys behind a query, whose last one stands at the last key."""
+    """Scaled scores [H, X, Y]. If causal, keys behind a query get -inf; the last query stands at the last key."""
     s_HXY = torch.einsum("xhd,yhd->hxy", q_XHD, k_YHD) * scale
     later_XY = torch.ones_like(s_HXY[0], dtype=torch.bool).triu(1 + s_HXY.shape[2] - s_HXY.shape[1])
     return s_HXY.masked_fill(later_XY, -torch.inf) if causal else s_HXY
@@ -154,7 +157,7 @@ def plain_forward(q: Tensor, k: Tensor, v: Tensor, s: Segments, scale: float) ->
 def plain_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, s: Segments, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `Kernels`. p = exp(score - lse); dv = p' dout; d score = p (dout v' - dout out'); dq and dk from that."""
+    """See `Kernels`. p = exp(score - lse); dv = p^T dout; dscore = p (dout v^T - dout out^T); dq and dk from that."""
     G, dtype = q.shape[1] // k.shape[1], lse.dtype
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
     for a, b in pairs(s):
@@ -185,7 +188,7 @@ def torch_forward(q: Tensor, k: Tensor, v: Tensor, s: Segments, scale: float) ->
 def torch_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, s: Segments, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `Kernels`. Without dropout the kernel reads neither the state of the generator nor what stands behind it."""
+    """See `Kernels`. Without dropout the kernel reads neither of the two arguments about random numbers."""
     state, unused = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
     found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._flash_attention_backward(
         dout, q, k, v, out, lse, s.cu_q, s.cu_k, s.max_q, s.max_k, 0.0, s.causal, state, unused, scale=scale
@@ -212,7 +215,7 @@ def flash_attn_forward(q: Tensor, k: Tensor, v: Tensor, s: Segments, scale: floa
 def flash_attn_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, s: Segments, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `Kernels`. dq repeats bit by bit only under torch.use_deterministic_algorithms, as with PyTorch's kernels."""
+    """See `Kernels`. Like PyTorch's, dq repeats bit by bit only under torch.use_deterministic_algorithms."""
     from flash_attn import flash_attn_interface as library
 
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
@@ -233,8 +236,8 @@ FLASH_ATTN = Kernels(flash_attn_forward, flash_attn_backward)
 def kernels_for(config: PretrainedConfig, compute: torch.dtype, where: torch.device) -> Kernels | None:
     """The fast kernels for a model that computes in this type on this device; None where there are none.
 
-    They exist for 16 bits, head widths that 8 divides, and GPUs from Ampere (8.0) on. PyTorch's own go first: flash-attn
-    does the same work, and has to be built for each PyTorch.
+    They exist for 16-bit types, head widths that 8 divides, and GPUs from the Ampere generation (8.0) on. PyTorch's own go
+    first: flash-attn does the same work, and has to be built for each PyTorch.
     """
     if where.type != "cuda" or not kernels_fit(config, compute) or torch.cuda.get_device_capability(where) < (8, 0):
         return None
@@ -250,5 +253,5 @@ def kernels_fit(config: PretrainedConfig, compute: torch.dtype) -> bool:
 
 
 def layout_for(kernels: Kernels | None) -> LayoutOf:
-    """The layout of streams in training: two calls of these kernels, or rectangles and a mask."""
+    """The layout of streams in training: two calls of these kernels, or without kernels rectangles and a mask."""
     return partial(CascadeLayout.of, kernels) if kernels else GroupLayout.of

@@ -1,11 +1,13 @@
-"""Fast paths of sampling. Each is chosen once a call of `rollout.generate`, and changes no answer but for rounding.
+"""Fast paths of sampling. Each is chosen once per call of `rollout.generate`, and changes no answer but for rounding.
 
-Packed weights: the products of a CPU want a weight in an order of their own. Ordered once a call in place of once a
-product, they save a seventh of a decode step in bf16 and more in float32 (SmolLM2-135M, 64 rows; see LOG.md).
+Packed weights: a CPU's matrix product wants a weight in an order of its own. Putting weights into it once per call, and not
+once per product, saves a seventh of a decode step in bf16 (a 16-bit type) and more in float32 (SmolLM2-135M, 64 rows; see
+LOG.md). A decode step gives every unfinished answer one more token.
 
-Recorded steps: a GPU finishes the kernels of a decode step sooner than Python can start them. Recorded once a shape as a
-CUDA graph, they start together. A graph needs fixed shapes in fixed places; that part runs, and is tested, on a CPU too.
-Replayed steps move their rows on, so nothing is copied to the device until rows come or go.
+Recorded steps: a decode step is many small kernels (programs of the GPU), which a GPU finishes sooner than Python can start
+them. Recorded once per shape, as a CUDA graph, they start together. A graph needs fixed shapes at fixed addresses; the code
+that sees to this runs, and is tested, on a CPU too. A replayed step changes its rows itself, so nothing is copied to the
+device until rows come or go.
 
 Shapes: as in rollout.py.
 """
@@ -24,8 +26,8 @@ from common.head import scaled_logits
 from engine.cache import DecodeRows, GroupCache
 
 PACKED = 100_000  # elements of the smallest weight that is packed
-ROWS = 16  # recorded steps have a multiple of so many rows
-Step = Callable[[DecodeRows], Tensor]  # what was drawn, [R, 3]; the rows move on
+ROWS = 16  # a recorded step has a multiple of so many rows
+Step = Callable[[DecodeRows], Tensor]  # a decode step: returns what was drawn, [R, 3], and moves the rows on
 Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]  # (replay, the tensor that it writes)
 
 
@@ -33,7 +35,7 @@ Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]  #
 def packed_weights(lm: nn.Module) -> Iterator[None]:
     """Let large linear layers on a CPU keep their weights packed for the length of a call (float32, bf16).
 
-    Costs a second copy of them. The weights themselves stay where they are; those of a later update are packed anew.
+    This takes memory for a second copy of them. The weights themselves stay where they are; each call packs anew.
     """
     layers = [m for m in lm.modules() if type(m) is nn.Linear and "forward" not in vars(m) and can_pack(m.weight)]
     for layer in layers:
@@ -49,7 +51,7 @@ def packed_weights(lm: nn.Module) -> Iterator[None]:
 def float32_logits(lm: PreTrainedModel) -> Iterator[None]:
     """Let logits leave the head of a bf16 model in float32 for the length of a call, as in training.
 
-    On a CPU that takes a float32 copy of the head, packed if it is large.
+    The head is the last linear layer. On a CPU this takes a float32 copy of it, packed if it is large.
     """
     head: Any = lm.get_output_embeddings()
     wide = torch.promote_types(head.weight.dtype, torch.float32)
@@ -67,7 +69,7 @@ def float32_logits(lm: PreTrainedModel) -> Iterator[None]:
 
 
 def can_pack(weight: Tensor) -> bool:
-    """Whether packing is worth it here: oneDNN has products for the type, and the weight is large."""
+    """Whether packing is worth it: oneDNN, PyTorch's library on CPUs, multiplies this type, and the weight is large."""
     there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     if not there or weight.device.type != "cpu" or weight.numel() < PACKED:
         return False
@@ -80,7 +82,7 @@ def multiplies_bf16() -> bool:
 
 
 def pack(weight: Tensor) -> Tensor:
-    """A weight in the order of oneDNN, best for some 64 rows and right for any number."""
+    """A weight in the order of oneDNN: fastest for about 64 rows, right for any number."""
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 64)
     return packed
 
@@ -93,7 +95,7 @@ def packed_linear(packed: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Recording:
-    """A decode step of one shape: the rows it reads and moves on, how to run it again, and what it draws."""
+    """A recorded decode step of one shape: the rows it reads and moves on, how to run it again, and what it draws."""
 
     rows: DecodeRows
     replay: Callable[[], None]
@@ -107,10 +109,10 @@ class Recording:
 
 @dataclass(eq=False)
 class Recorder:
-    """`step`, recorded once a shape. Rows are filled up to a multiple of ROWS, groups to what the cache holds.
+    """`step`, recorded once per shape. Rows are filled up to a multiple of ROWS, groups to the capacity of the cache.
 
-    Rows that fill up write their keys and values over places of the cache that are not in use. Recordings end with the
-    cache's tensors that they read.
+    The rows that fill up write their keys and values into places of the cache that are not in use. A recording reads fixed
+    addresses, so all of them are dropped when the cache's tensors move.
     """
 
     step: Step
@@ -122,7 +124,7 @@ class Recorder:
     loaded: DecodeRows | None = None
 
     def __call__(self, rows: DecodeRows) -> Tensor:
-        """What was drawn, [R, 3], valid until the next call. The same `rows` again: the step after the last one."""
+        """What was drawn, [R, 3], valid until the next call. The same `rows` object again means the step after the last."""
         if self.version != self.cache.version:
             self.recordings.clear()
             self.version, self.loaded = self.cache.version, None
@@ -147,7 +149,7 @@ def tensors(rows: DecodeRows) -> list[Tensor]:
 
 
 def filled(rows: DecodeRows, R: int, groups: int, n: int) -> DecodeRows:
-    """A copy, filled up with rows of token 0 and with groups that have none."""
+    """A copy with R rows and so many groups; the rows that fill up have token 0, the groups no rows."""
     shapes = {"row_PG": (groups, n), "uniform_RA": (R, rows.uniform_RA.shape[1])}
     return DecodeRows(*(padded(getattr(rows, part.name), shapes.get(part.name, (R,))) for part in fields(rows)))
 
@@ -160,7 +162,10 @@ def padded(x: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def cuda_graphs() -> Capture:
-    """What records a step as a CUDA graph. All graphs of a call share one memory pool, so the largest is what they take."""
+    """A function that records a step as a CUDA graph.
+
+    All graphs of a call share one memory pool, so together they take only the memory of the largest.
+    """
     pool, aside = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
     newest: list[Any] = []  # a pool ends with the last of its graphs: one outlives the recordings of an old capacity
 

@@ -1,8 +1,10 @@
-"""Weights in shards (FSDP2), and whole weights for sampling. Off the reading path.
+"""Weights in shards, and whole weights for sampling. Off the reading path.
 
-The rows of every weight are divided among the ranks; without torchrun and without a GPU nothing is sharded.
+A shard is the rows of every weight that one rank (process) holds. PyTorch's FSDP2 gathers the rows of a layer while it is
+computed. Without torchrun and without a GPU nothing is sharded.
 
-Shapes: as in model.py. R ranks that share the weights (all of them, or those of one node), C rows per rank of a weight.
+Shapes: as in model.py. R ranks that share the weights (all of them, or those of one node, which is one machine), C rows of a
+weight per rank.
 """
 
 import os
@@ -28,9 +30,9 @@ from model import ATTENTION, Policy, attention
 
 
 class ShardedPolicy(Policy):
-    """A policy whose weights are spread over the ranks by rows (FSDP2), stored in one type and computed in another.
+    """A policy whose weights are spread over the ranks by rows, stored in one type and computed in another; see `sharded`.
 
-    `whole` holds the policy that samples: all weights in the computing type, on every rank. See `sharded`.
+    `whole` holds the policy that samples: all weights in the computing type, on every rank.
     """
 
     settings: Mapping[str, Any]
@@ -54,9 +56,10 @@ class ShardedPolicy(Policy):
 
     @torch.no_grad()
     def frozen_copy(self, *, offload: bool = False) -> Policy:
-        """The same weights in shards of their own, without gradients; in main memory between layers if offloaded.
+        """The same weights in shards of their own, without gradients; if offloaded, in main memory until a layer needs them.
 
-        Stored as they are computed: nothing is added up in them, so the values are the same, in bf16 with half the memory.
+        They are stored in the type that they are computed in. Nothing is added up in them, so the results are the same, and
+        bf16 takes half the memory.
         """
         other = sharded(self.lm.config, **{**self.settings, "storage": self.settings["compute"], "offload": offload})
         for theirs, own in zip(other.parameters(), self.parameters(), strict=True):
@@ -73,10 +76,11 @@ def sharded(
     where: torch.device,
     offload: bool = False,
 ) -> ShardedPolicy:
-    """A policy with uninitialised weights in shards: built on the meta device, so no rank ever holds the whole.
+    """A policy with uninitialised weights in shards. It is built on the meta device, so no rank ever holds the whole.
 
-    One FSDP group a block, one for the rest: embeddings, norm and head, which may be tied. Gradients are summed in
-    `storage`. On several nodes every node holds all shards (HSDP).
+    FSDP gathers the weights of one block (transformer layer) at a time, and together those of the rest: embeddings, norm and
+    head, which may be tied. Gradients are summed in the type `storage`. On several nodes every node holds all shards, which
+    PyTorch calls HSDP.
     """
     policy = ShardedPolicy(on_meta(config, storage), layout_for(kernels_for(config, compute, where)))
     precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=storage)
@@ -97,7 +101,7 @@ def blocks(policy: Policy) -> list[nn.Module]:
 
 @cache  # each call would open communicators of its own
 def mesh(device_type: str) -> DeviceMesh:
-    """The ranks as FSDP sees them: one row, or nodes by ranks of a node."""
+    """The ranks as FSDP sees them: one row on one node, else a rectangle of nodes x ranks of a node."""
     nodes = size() // ranks_here() if "LOCAL_WORLD_SIZE" in os.environ else 1
     shape, names = ((size(),), ("shard",)) if nodes == 1 else ((nodes, size() // nodes), ("replicate", "shard"))
     grid = init_device_mesh(device_type, shape, mesh_dim_names=names)
@@ -106,9 +110,10 @@ def mesh(device_type: str) -> DeviceMesh:
 
 
 def open_communicators(grid: DeviceMesh) -> None:
-    """One tiny all-gather and reduce-scatter in every group of a mesh.
+    """One tiny all-gather and reduce-scatter in every set of ranks of a mesh.
 
-    NCCL takes its memory at the first use, beside PyTorch's: after the first rollout there might be none left.
+    NCCL, by which GPUs talk to each other, takes its memory at the first use, beside PyTorch's. After the first rollout
+    there might be none left.
     """
     for group in grid.get_all_groups():
         part = torch.ones(1, device=grid.device_type)
@@ -154,7 +159,10 @@ def bounds(rows: int, parts: int, part: int) -> tuple[int, int]:
 
 
 def sharded_over() -> tuple[int, int, bool]:
-    """(shards, number of this rank's, whether this rank is the one that writes it): nodes hold copies of each other."""
+    """(number of shards, which one this rank holds, whether this rank writes it to disk).
+
+    Nodes hold copies of each other, so only one of them writes.
+    """
     parts = ranks_here() if size() > 1 and "LOCAL_WORLD_SIZE" in os.environ else size()
     return parts, rank() % parts, rank() < parts
 
@@ -165,7 +173,8 @@ def sharded_over() -> tuple[int, int, bool]:
 def open_policy(path: str | Path, *, dtype: str = "auto", activation_checkpointing: bool = False) -> Policy:
     """The start model in float32, computed in `dtype` (see `processes.computing`). Raises `UserError` as `Policy.load` does.
 
-    One process in float32 on a CPU holds it whole. Else rank 0 reads it, as it is stored, and every rank keeps its rows.
+    One process in float32 on a CPU holds it whole. Else rank 0 reads it in the type of the files, and every rank keeps its
+    rows.
     """
     if not dist.is_initialized():
         policy = Policy.load(path)
@@ -188,7 +197,10 @@ def reopen(policy: Policy, path: str | Path) -> None:
 
 @torch.no_grad()
 def fill(policy: Policy, source: Policy | None) -> None:
-    """Copy a whole policy, open on rank 0 alone, into the shards of all: one weight at a time, in the type it has there."""
+    """Copy a whole policy, which is open on rank 0 alone, into the shards of all ranks, one weight at a time.
+
+    A weight travels in the type that it has in `source`.
+    """
     given = dict([*source.named_parameters(), *source.named_buffers()]) if source else {}
     types = exchange({name: str(x.dtype).removeprefix("torch.") for name, x in given.items()})[0]
     for name, target in [*policy.named_parameters(), *policy.named_buffers()]:
@@ -205,7 +217,7 @@ def fill(policy: Policy, source: Policy | None) -> None:
 
 
 def checkpoint_blocks(policy: Policy) -> None:
-    """Keep of every block only its input in a forward; backward computes the rest again. Less memory, the same result."""
+    """Let a forward keep only the input of every block; backward computes the rest again. Less memory, the same result."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # the name that both versions of transformers know is on its way out
         policy.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

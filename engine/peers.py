@@ -1,8 +1,9 @@
-"""A rank that is gone takes the others down within a minute, also where they wait inside NCCL, which does not notice.
+"""Ranks (the processes of a run) watch each other: if one is gone, the others end within a minute.
 
-Off the reading path. Every rank has a thread that counts up a number of its own in the launcher's store and reads those of
-the others: one that stands still for half a minute is a process that was killed, or a machine that is gone. A rank that
-works, however long, counts on: torch and NCCL let other threads run while they compute or wait.
+Off the reading path. NCCL, by which GPUs talk to each other, does not notice that a rank is gone and waits on. So every rank
+has a thread that counts up a number of its own in the launcher's store (a small table that all ranks read and write) and
+reads those of the others. A number that stands still for half a minute belongs to a process that was killed, or to a machine
+that is gone. A rank that works, however long, counts on: torch and NCCL let other threads run while they compute or wait.
 """
 
 import os
@@ -19,18 +20,19 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 class Watcher(threading.Thread):
     """Says every few seconds that this rank lives, and ends its process when another one failed or fell silent.
 
-    Before it does, the process has `grace` seconds to end by itself and say more than a thread can. All times in seconds;
-    `silent + every + grace` is below a minute. Nobody else uses the store, so that no wait in it can block this thread.
+    Before that the process has `grace` seconds to end by itself, with a better message than a thread has. All times are in
+    seconds; `silent + every + grace` is below a minute. Nobody else uses this connection to the store, so nobody's wait can
+    block this thread.
     """
 
     def __init__(self, every: float = 5, silent: float = 30, grace: float = 15) -> None:
-        """The watcher of this process; the ranks have met. `start` begins."""
+        """The watcher of this process. The ranks must have met; `start` begins the watch."""
         super().__init__(daemon=True)
         self.every, self.silent, self.grace = every, silent, grace
         self.rank, self.parting, self.last_word = dist.get_rank(), threading.Event(), ""
 
     def run(self) -> None:
-        """Until this rank parts, or another one is lost."""
+        """Watch until this rank parts, or another one is lost."""
         try:
             address, limit = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timedelta(seconds=self.silent)
             client = TCPStore(*address, is_master=False, wait_for_workers=False, timeout=limit)

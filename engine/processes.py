@@ -1,8 +1,10 @@
 """Many processes, one per GPU: who does what, and what they tell each other.
 
-Every rank runs the same program on the same data and comes to the same rewards, buffers and decisions; only rank 0 writes
-records. Divided are the prompts of a rollout and the micro-batches of a forward. What they give is the same whatever the
-number of ranks. Without torchrun and without a GPU there is one process, and every function here is the obvious one.
+A process is called a rank, after its number. Every rank runs the same program on the same data and comes to the same
+rewards, buffers and decisions; only rank 0 writes records. What the ranks divide are the prompts of a rollout and the
+micro-batches of a forward. The results are the same whatever the number of ranks. Ranks talk through two libraries of
+PyTorch: NCCL between GPUs, gloo between CPUs. Without torchrun, PyTorch's launcher, and without a GPU there is one process,
+and every function here is the obvious one.
 """
 
 import json
@@ -38,12 +40,12 @@ def size() -> int:
 
 
 def launched_rank() -> int:
-    """`rank`, known before the processes have met; 0 without torchrun."""
+    """`rank`, but known before the processes have met; 0 without torchrun."""
     return int(os.environ.get("RANK", 0))
 
 
 def launched_size() -> int:
-    """`size`, known before the processes have met."""
+    """`size`, but known before the processes have met; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -58,17 +60,17 @@ def device() -> torch.device:
 
 
 def computing(dtype: str) -> torch.dtype:
-    """The type that --dtype names; `auto` is bf16 on a GPU and float32 on a CPU."""
+    """The type that --dtype names; `auto` is bf16, a 16-bit type, on a GPU and float32 on a CPU."""
     chosen: torch.dtype = getattr(torch, {"cuda": "bfloat16", "cpu": "float32"}[device().type] if dtype == "auto" else dtype)
     return chosen
 
 
 @contextmanager
 def processes(dtype: str = "auto") -> Iterator[None]:
-    """Meet the other processes that torchrun started, and part at the end. One process on a CPU meets nobody in float32.
+    """Meet the other processes that torchrun started, and part at the end.
 
-    One process that computes in bf16 is a run of one rank, on the same path as many are; so is one on a GPU. Raises
-    `PeerLost` where another rank is gone.
+    One process in float32 on a CPU meets nobody. One process in bf16, or on a GPU, is a run of one rank and takes the same
+    path as many ranks. Raises `PeerLost` where another rank is gone.
     """
     if "RANK" not in os.environ and not torch.cuda.is_available() and computing(dtype) == torch.float32:
         yield
@@ -100,13 +102,19 @@ NCCL_WAIT = timedelta(minutes=30)  # no rank is ever so far behind another on th
 
 
 def grow_in_place() -> None:
-    """Let freed blocks of a GPU's memory grow, before it is first used: a cache that grows fits into none of them."""
+    """Let freed blocks of a GPU's memory grow, because a growing cache fits into none of them.
+
+    Must be called before the GPU is first used.
+    """
     if "PYTORCH_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 
 def limit_waits(device_type: str, most: timedelta) -> None:
-    """How long ranks wait for each other at most, in what they do on one type of device; groups made later inherit it."""
+    """How long ranks wait for each other at most, in what they do on one type of device.
+
+    Sets of ranks (PyTorch's process groups) that are made later inherit it.
+    """
     dist.group.WORLD._get_backend(torch.device(device_type))._set_default_timeout(most)  # type: ignore[union-attr]
 
 
@@ -118,15 +126,15 @@ LOST = r"(?i)connection (was )?(closed|reset|refused)|broken pipe|remote process
 
 
 def announce(line: str) -> None:
-    """A line for the person who watches: once, not once a rank."""
+    """Print a line for the person who watches: rank 0 does, the others do not."""
     if launched_rank() == 0:
         print(line, flush=True)
 
 
 def complain(line: str, *, lost: bool = False) -> None:
-    """An error on stderr, heard once: the launcher ends the other ranks while they wait with theirs.
+    """Print an error on stderr, once though all ranks may have it: the launcher ends those that still wait to print.
 
-    Rank 0 speaks at once, the others after 2 s, in case rank 0 fails alike; those that only lost a rank after 10 s.
+    Rank 0 prints at once, the others after 2 s, in case rank 0 has the same error; a rank that only lost another after 10 s.
     """
     if "RANK" in os.environ:
         time.sleep(10 if lost else 2 if launched_rank() else 0)
@@ -135,7 +143,10 @@ def complain(line: str, *, lost: bool = False) -> None:
 
 
 def relaunch(argv: Sequence[str]) -> str:
-    """The command line that goes on with this run. `--`: torchrun would take --n for the beginning of a flag of its own."""
+    """The command line that goes on with this run.
+
+    It has a `--`, because torchrun would take our --n for the beginning of a flag of its own.
+    """
     if launched_size() > ranks_here():
         return "the same torchrun command on every node, with --resume"
     program = ["python"] if "RANK" not in os.environ else ["torchrun", "--nproc_per_node", str(ranks_here()), "--"]
@@ -143,7 +154,7 @@ def relaunch(argv: Sequence[str]) -> str:
 
 
 def wait() -> None:
-    """Until every rank is here."""
+    """Wait until every rank is here."""
     if size() > 1:
         dist.barrier()
 
@@ -157,7 +168,7 @@ def exchange(value: Value) -> list[Value]:
 
 
 def exchanged(x_N: Tensor) -> list[Tensor]:
-    """The vector of every rank, in the order of ranks; their lengths may differ. Raw bytes, in main memory."""
+    """The vector of every rank, in the order of ranks, in main memory; lengths may differ, and no bit changes."""
     lengths = [torch.zeros(1, dtype=torch.long) for _ in range(size())]
     dist.all_gather(lengths, torch.tensor([len(x_N)]))
     longest = max(int(n) for n in lengths)
@@ -167,7 +178,7 @@ def exchanged(x_N: Tensor) -> list[Tensor]:
 
 
 def gathered(found: Mapping[int, Sequence[float]]) -> list[list[float]]:
-    """Rows of numbers by index, of which each rank has some, as one list on every rank; float64, bit by bit."""
+    """Each rank gives some rows of numbers by index; every rank gets all rows, in the order of indices; float64, exact."""
     if size() == 1:
         return [list(found[i]) for i in sorted(found)]
     flat = [number for i, row in found.items() for number in (i, len(row), *row)]
@@ -181,9 +192,9 @@ def gathered(found: Mapping[int, Sequence[float]]) -> list[list[float]]:
 
 
 def summed(x: Tensor) -> Tensor:
-    """The sum of what all ranks hold: where each fills rows of its own and leaves 0 elsewhere, all rows, bit by bit.
+    """The sum of what all ranks hold. Where each fills rows of its own and leaves 0 elsewhere, that is all rows, exactly.
 
-    On GPUs this is an all-reduce by NCCL: a rank that is gone shows where the result is next read.
+    On GPUs NCCL does it while Python goes on, so a rank that is gone shows only where the result is next read.
     """
     if size() == 1:
         return x
@@ -193,7 +204,7 @@ def summed(x: Tensor) -> Tensor:
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether any rank says so."""
+    """Whether the flag is set on any rank."""
     return any(exchange(flag))
 
 
@@ -201,9 +212,10 @@ def any_rank(flag: bool) -> bool:
 
 
 def divide(costs: Sequence[float], ranks: int) -> list[list[int]]:
-    """Indices divided among ranks by cost: counts differ by one at most, sums by little, rounds are alike.
+    """Indices divided among ranks: their numbers differ by one at most, their sums of costs by little.
 
-    The costliest go first, in turns from left to right and from right to left.
+    The costliest are dealt first, like cards, from left to right and then from right to left. So at any time the ranks are
+    busy with work of like cost.
     """
     if ranks == 1:
         return [list(range(len(costs)))]
@@ -222,14 +234,14 @@ def share(costs: Sequence[float]) -> list[int]:
 
 
 def device_memory(device: torch.device) -> int:
-    """Bytes of memory of a GPU, or of the machine for each of the processes on it."""
+    """Bytes of memory of a GPU, or of the machine divided by the number of processes on it."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[1])
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // ranks_here()
 
 
 def peak_memory() -> dict[str, float]:
-    """GB of memory at most in use so far: of the GPU, and what PyTorch held there; or of this process with its Python."""
+    """Most GB in use so far: on a GPU by tensors, and as reserved by PyTorch; on a CPU by the whole process."""
     if device().type == "cuda":
         peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
         return {"memory/peak_gb": peak / 1e9, "memory/reserved_gb": reserved / 1e9}
@@ -237,6 +249,6 @@ def peak_memory() -> dict[str, float]:
 
 
 def give_back_memory() -> None:
-    """Return to the GPU what PyTorch keeps of freed memory: NCCL and the next phase, whose blocks differ, allocate there."""
+    """Return to the GPU the freed memory that PyTorch keeps, for NCCL and for the next phase, whose blocks differ."""
     if device().type == "cuda":
         torch.cuda.empty_cache()

@@ -1,7 +1,8 @@
-"""Tensors of a checkpoint: one safetensors file a rank and part, each with the rows that the rank holds. No pickle.
+"""Tensors of a checkpoint. Each part (weights, moments) has one safetensors file per rank (process): the rows of every
+weight that this rank holds, its shard. No pickle.
 
-Any number of ranks may read what any other number wrote: a file of N shards holds rows i * C to (i + 1) * C of every weight,
-C the rows over N, rounded up, which is how FSDP2 cuts them.
+Any number of ranks may read what any other number wrote. Shard i of N holds rows i * C to (i + 1) * C of every weight, where
+C is the number of rows divided by N, rounded up; FSDP2 cuts weights in the same way.
 """
 
 import json
@@ -25,9 +26,7 @@ from model import Policy
 
 
 def save_parts(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any] | None = None) -> None:
-    """Write a folder that is whole or not there: for every part and rank one safetensors file of the rows it holds, and the
-    SHA-256 of each.
-    """
+    """Write a folder that is whole or not there, with one file per part and rank, and the SHA-256 of each file."""
     aside = folder.with_name(f".{folder.name}.tmp")
     if rank() == 0:
         shutil.rmtree(aside, ignore_errors=True)
@@ -56,13 +55,13 @@ def save_parts(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state:
 
 
 def write(path: Path, text: str) -> None:
-    """A durable file."""
+    """Write a file and wait until it is on the disk."""
     path.write_text(text, encoding="utf-8")
     sync(path)
 
 
 def intact(folder: Path) -> Path:
-    """The folder that `save_parts` wrote, compared with its SHA-256 sums. Every rank must call this; they divide the files.
+    """The folder that `save_parts` wrote, if its files have their SHA-256 sums. Every rank must call this; they divide them.
 
     Raises `UserError` for a file that is not what was written.
     """
@@ -75,13 +74,13 @@ def intact(folder: Path) -> Path:
 
 
 def shard_name(part: str, number: int, parts: int) -> str:
-    """File of one shard; a part that lies in one file has no number."""
+    """Name of the file of a shard; if a part lies in one file, its name has no number."""
     return f"{part}.safetensors" if parts == 1 else f"{part}-{number + 1:05d}-of-{parts:05d}.safetensors"
 
 
 @contextmanager
 def space_errors(path: Path) -> Iterator[None]:
-    """What safetensors says of a full disk or a read-only folder, as the OSError that it was."""
+    """Raise what safetensors says of a full disk or a read-only folder as the OSError that it was."""
     try:
         yield
     except SafetensorError as error:
@@ -90,7 +89,7 @@ def space_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Failures to read a file of a checkpoint as one clear line. Raises `UserError`."""
+    """Raise a failure to read a file of a checkpoint as a `UserError` of one line."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -115,11 +114,11 @@ class Shards:
 
     @property
     def names(self) -> set[str]:
-        """Of its tensors."""
+        """Names of its tensors."""
         return set().union(*self.known)
 
     def copy_to(self, name: str, target: Tensor) -> None:
-        """Fill this rank's rows of a weight from whatever files hold them. Raises `UserError` for another shape."""
+        """Fill this rank's rows of a weight, from all files that hold some of them. Raises `UserError` for another shape."""
         if not target.dim():
             with reading(self.paths[0]):
                 target.copy_(self.files[0].get_tensor(name))
@@ -150,7 +149,7 @@ def read_part(folder: Path, part: str, named: Mapping[str, Tensor]) -> None:
 
 
 def weights(policy: Policy) -> dict[str, Tensor]:
-    """The policy's parameters by name; tied ones once."""
+    """The policy's parameters by name; a parameter that is used twice (tied) stands there once."""
     return dict(policy.named_parameters())
 
 

@@ -71,7 +71,7 @@ def write_world(root: Path, seed: int = 0) -> None:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a piece; text out of other pieces is lost, so answers decode to what was encoded."""
+    """One token per piece; text out of other pieces is lost, so answers decode to what was encoded."""
     core = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(PIECES)}, unk_token="<unk>"))
     longest = "|".join(re.escape(piece) for piece in sorted(PIECES, key=len, reverse=True))
     core.pre_tokenizer = pre_tokenizers.Split(Regex(longest), behavior="isolated")

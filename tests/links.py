@@ -124,7 +124,7 @@ def renewed(document: str) -> str:
 
 
 def stale(document: str) -> list[str]:
-    """What `--write` would change in a document, a line each."""
+    """What `--write` would change in a document, one line per change."""
     pairs = zip((ROOT / document).read_text(encoding="utf-8").split("\n"), renewed(document).split("\n"), strict=True)
     changed = [(n, set(parts(b)) - set(parts(a))) for n, (a, b) in enumerate(pairs, 1) if a != b]
     return [f"{document}:{n}: should be {', '.join(sorted(wanted))}" for n, wanted in changed]

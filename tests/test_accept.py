@@ -194,7 +194,7 @@ def test_calls_of_the_driver_that_wait():
 
 
 def test_the_pace_is_that_of_a_step_alone(monkeypatch):
-    """Answers of T tokens: .5 s and 7 waits once, .01 s, 1 wait and 8 ms of the GPU a token."""
+    """Answers of T tokens: .5 s and 7 waits once, .01 s, 1 wait and 8 ms of the GPU per token."""
 
     def seen(work, device):
         events = [event("cudaStreamSynchronize")] * (7 + work.args[0])

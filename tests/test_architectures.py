@@ -180,7 +180,7 @@ def test_below_its_switch_a_longrope_model_is_right_in_any_company(tmp_path):
     ids=lambda x: getattr(x, "model_type", None),
 )
 def test_models_that_are_refused(config, why):
-    """Windows by mask alone, sinks, windows, soft caps, values of another width than keys, two attentions a layer, none at
+    """Windows by mask alone, sinks, windows, soft caps, values of another width than keys, two attentions per layer, none at
     all, scaled logits, an encoder: one line that says why and where to look."""
     with pytest.raises(UserError) as raised:
         check_architecture(config, "some/model")

@@ -324,7 +324,7 @@ def test_steps_must_follow_each_other(tmp_path):
     ],
 )
 def test_lambda_and_selection_follow_the_config(tmp_path, settings, weight, off):
-    """From base, two steps an iteration: lambda 0, 1/2 within the first. Plain GRPO: 0. Without self-play: never kept."""
+    """From base, two steps per iteration: lambda 0, 1/2 within the first. Plain GRPO: 0. Without self-play: never kept."""
     one_file = settings.get("S") == 2
     _, first = group(original("b", {"joy": 1.0}), [MUTE, MUTE, CUT, MUTE], 0, weight=0.0, off=off)
     _, second = group(original("c", {"anger": 1.0}), [PLAIN, WRONG, GOOD, GOOD], 1, weight=weight, off=off)
@@ -337,7 +337,7 @@ def test_lambda_and_selection_follow_the_config(tmp_path, settings, weight, off)
 
 
 def test_lambda_begins_anew_in_every_iteration_from_base(tmp_path):
-    """One step an iteration: step 1 is the first of iteration 2, lambda 0 of 1."""
+    """One step per iteration: step 1 is the first of iteration 2, lambda 0 of 1."""
     first = group(original("b", {"joy": 1.0}), [MUTE, MUTE, CUT, MUTE], 0, weight=0.0)[1]
     second = group(original("c", {"anger": 1.0}), [PLAIN, WRONG, GOOD, GOOD], 1, weight=0.0)[1]
     config = {**CONFIG, "batch_prompts": 1, "retrain_from": "base"}

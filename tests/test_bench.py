@@ -186,7 +186,7 @@ def test_the_limits_are_the_best_of_all_turns():
 
 
 def test_the_ideal_of_a_job_takes_what_the_limits_allow(monkeypatch):
-    """The ideal of a step: 5,616 operations of the update at 100 a second; on two threads twice that in CPU time."""
+    """The ideal of a step: 5,616 operations of the update at 100 per second; on two threads twice that in CPU time."""
     monkeypatch.setattr(limits, "measure", lambda *_: Limits({"a": 100.0}, {"sum": 1e9}))
     job = {"task": "step", "prompts": [[1, 2, 3]], "n": 2, "max_new_tokens": 2, "micro_batch": 8}
     found = limits.ideal(SMALL, torch.float32, job, 2)

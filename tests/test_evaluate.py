@@ -302,7 +302,7 @@ def test_task_entropies_align_characters_with_tokens():
 
 
 def test_task_entropies_survive_characters_split_over_tokens():
-    """An emoji of four bytes, a byte a token, before the part: the half-read ones must not shift it."""
+    """An emoji of four bytes, a byte per token, before the part: the half-read ones must not shift it."""
     tokenizer = Letters([bytes([b]) for b in "😀".encode()] + [b"{x", b"}"])
     means = span_entropies([0, 0, 0, 0, 3.0, 5.0], range(6), tokenizer, "", {"my_emotions": (1, 4)})
     assert means == {"self_emotion": 4.0}

@@ -524,7 +524,7 @@ def test_answers_before_the_end_of_a_failed_job_are_kept(tmp_path):
 
 
 def write_talks(root, n=12):
-    """One dialogue a line, three speakers of whom one is a group, in train, dev and test."""
+    """One dialogue per line, three speakers of whom one is a group, in train, dev and test."""
     root.mkdir(exist_ok=True)
     turns = [
         {"speaker": "Ann", "text": "I won the race.", "label": "joy"},

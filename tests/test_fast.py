@@ -143,7 +143,7 @@ def made(monkeypatch):
 
 def test_a_step_is_recorded_once_a_shape(made, monkeypatch):
     """Two prompts of three answers of 14 tokens: the cache never moves. 6 rows, and with ROWS = 4 later 4: two recordings,
-    whatever the number of steps, and inputs in the shapes that the cache has: 2 groups of 3; 64 random numbers a row."""
+    whatever the number of steps, and inputs in the shapes that the cache has: 2 groups of 3; 64 random numbers per row."""
     monkeypatch.setattr(fast, "ROWS", 4)
     lengths = generate(tiny(), PROMPTS[:2], keys=KEYS[:2], record=again, **SETTINGS)
     assert len({len(c.ids) for group in lengths for c in group}) > 2
@@ -250,8 +250,8 @@ class FakeCuda:
 
 
 def test_graphs_of_a_call_share_one_pool(monkeypatch):
-    """The memory of a step is there once and not once a shape. Other calls have pools of their own. Other threads may go on
-    using the device, and while a graph is recorded one of an earlier capacity is still there to keep the pool."""
+    """The memory of a step is there once and not once per shape. Other calls have pools of their own. Other threads may go
+    on using the device, and while a graph is recorded one of an earlier capacity is still there to keep the pool."""
     fake = FakeCuda(monkeypatch)
     record = cuda_graphs()
     for _ in range(3):

@@ -246,7 +246,7 @@ def test_property_wrong_consensus():
 
 
 def test_token_weights_token_mean_and_sequence_mean():
-    """Lengths 2 and 1. Token: 1/3 each. Sequence: 1/2 an answer, so 1/4 1/4 | 1/2."""
+    """Lengths 2 and 1. Token: 1/3 each. Sequence: 1/2 per answer, so 1/4 1/4 | 1/2."""
     assert token_weights([2, 1], "token", 3).tolist() == [[1 / 3, 1 / 3, 0.0], [1 / 3, 0.0, 0.0]]
     assert token_weights([2, 1], "sequence", 3).tolist() == [[0.25, 0.25, 0.0], [0.5, 0.0, 0.0]]
 

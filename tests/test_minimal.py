@@ -241,7 +241,7 @@ def test_draws_by_hand():
 
 
 def test_a_group_on_the_blackboard(plain, capsys):
-    """Its last lines, a row an answer with its numbers, the kept one marked, and the new sample."""
+    """Its last lines, a row per answer with its numbers, the kept one marked, and the new sample."""
     pairs = [pair for _, groups, selections in plain[0] for pair in zip(groups, selections, strict=True)]
     group, best = next((g, b) for g, b in pairs if b.child and any(isinstance(a.parse, Failure) for a in g.answers))
     show(group, best)

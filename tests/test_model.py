@@ -38,7 +38,7 @@ def folder(tmp_path):
 
 
 def weights_B6():
-    """An arbitrary weight a token, 0 off the answers: what a loss would multiply the log-probs with."""
+    """An arbitrary weight per token, 0 off the answers: what a loss would multiply the log-probs with."""
     generator = torch.Generator().manual_seed(1)
     on_BT = torch.arange(6) < torch.tensor(LENGTHS)[:, None]
     return torch.randn(6, 6, dtype=torch.float64, generator=generator) * on_BT
@@ -57,7 +57,7 @@ def separate(lm, temperature=1.0):
 @TIES
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_groups_equal_separate_sequences_in_values_and_gradients(kind, tied, temperature):
-    """One stream with shared prompts against transformers' sdpa on prompt + answer, one unpadded sequence an answer."""
+    """One stream with shared prompts against transformers' sdpa on prompt + answer, one unpadded sequence per answer."""
     lm = tiny(kind, tied=tied)
     plain = with_attention(lm, "sdpa")
     ours_BT, theirs_BT = Policy(lm)(GROUPS, temperature=temperature)[0], separate(plain, temperature)
@@ -112,7 +112,7 @@ def test_an_answer_does_not_see_its_neighbours():
 
 
 def test_a_prompt_is_computed_once_and_the_head_sees_answers_only(monkeypatch):
-    """Stream: prompts 1 + 9 + 2 and answers 5 + 10 + 5 = 32 tokens; head: one row an answer token = 20."""
+    """Stream: prompts 1 + 9 + 2 and answers 5 + 10 + 5 = 32 tokens; head: one row per answer token = 20."""
     lm, tokens, rows, whole = tiny(), [], [], Policy.head
     lm.model.embed_tokens.register_forward_hook(lambda module, args, out: tokens.append(args[0].numel()))
     monkeypatch.setattr(Policy, "head", lambda *args: rows.append(len(args[1])) or whole(*args))
@@ -192,7 +192,7 @@ def test_temperature_divides_the_logits():
 
 @TIES
 def test_head_in_chunks_equals_the_head_at_once(tied, monkeypatch):
-    """20 answer tokens, 3 rows of 97 float32 logits a chunk; see also test_head.py."""
+    """20 answer tokens, 3 rows of 97 float32 logits per chunk; see also test_head.py."""
     lm = tiny(tied=tied)
     at_once = Policy(lm)(GROUPS)
     expected = gradients(lm, (at_once[0] * weights_B6()).sum())

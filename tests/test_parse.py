@@ -1,4 +1,4 @@
-"""The answer parser (D8): one case a line, then properties on arbitrary text."""
+"""The answer parser (D8): one case per line, then properties on arbitrary text."""
 
 import json
 import sys

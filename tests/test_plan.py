@@ -95,7 +95,7 @@ def test_keys_and_values_of_a_short_rollout_by_hand():
 
 
 def test_a_group_with_one_answer_left_keeps_its_prompt():
-    """64 prompts a rank, 8 answers each, 256 rows: all 64 prompts may be there at once, not only 32. 4096 bytes a token,
+    """64 prompts per rank, 8 answers each, 256 rows: all 64 prompts may be there at once, not only 32. 4096 bytes per token,
     37 x 4096 x (64 x 64 + 256 x 64) = 3,103,784,960; 8 evaluated prompts need less."""
     many = replace(PAPER, batch_prompts=512, eval_limit=8)
     assert plan.kv_bytes(many, plan.config_of("Qwen/Qwen3-8B"), EIGHT) == 3_103_784_960
@@ -136,7 +136,7 @@ def test_fake_tensors_keep_what_real_ones_keep(kind):
 
 
 def test_checkpointing_keeps_one_block_and_the_inputs_of_all():
-    """With 100 blocks the inputs are what grows: one float32 vector of 64 a token and block."""
+    """With 100 blocks the inputs are what grows: one float32 vector of 64 per token and block."""
     shape = dict(hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2, vocab_size=99)
     place = Place(1, 10**9, gpu=False, sharded=False)
     cfg = replace(PAPER, micro_batch=8)

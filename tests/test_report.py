@@ -156,7 +156,7 @@ def test_a_run_that_did_not_count_emotions_is_not_called_fine():
 
 
 def test_the_reward_of_new_samples_says_over_how_many_prompts():
-    """32 prompts a step, depth 0 in 15/16 and in 7/8 of them: 2 and 4 are new, 6 of the 64 of the last two steps of ten."""
+    """32 prompts per step, depth 0 in 15/16 and in 7/8 of them: 2 and 4 are new, 6 of 64 of the last two steps of ten."""
     late = [{**HEALTHY, "buffer/depth/0": 0.9375}, {**HEALTHY, "buffer/depth/0": 0.875}]
     found = next(a for a in alarms([HEALTHY] * 8 + late, prompts=32) if a.title.startswith("New samples"))
     assert found.found == "late reward: synthetic prompts 0.7 (over 6 of 64 prompts), original ones 0.6"

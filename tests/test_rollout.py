@@ -27,8 +27,8 @@ EOS = frozenset(range(10, 22))  # 12 of 97 tokens: answers of about 8 tokens, so
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [0, 0], [1, 2, 3], [9, 8, 7, 6, 5, 4, 3, 2, 1], [96, 0, 96]]
 KEYS = [(0, 3, f"meld/train/{i}") for i in range(len(PROMPTS))]
 SETTINGS = {"n": 3, "max_new_tokens": 14, "temperature": 1.0, "eos_ids": EOS}
-# Keys and values of `tiny` in float64: 2 (k, v) x 2 heads x 8 wide x 8 bytes = 256 bytes a token and layer; 2 layers
-# and one more that is being moved while the cache grows: 768 bytes a token of capacity.
+# Keys and values of `tiny` in float64: 2 (k, v) x 2 heads x 8 wide x 8 bytes = 256 bytes per token and layer; 2 layers
+# and one more that is being moved while the cache grows: 768 bytes per token of capacity.
 TOKEN = 768
 
 

@@ -62,7 +62,7 @@ def kept(sample_id, iteration, ids=(1, 9), prompt_ids=(5,)):
 
 
 def test_d7_steps_and_lambda():
-    """5 originals, 2 a step: S = ceil(5/2) = 3; K = 2: T = 6; lambda = t/6."""
+    """5 originals, 2 per step: S = ceil(5/2) = 3; K = 2: T = 6; lambda = t/6."""
     w = world(5)
     assert w.S == 3
     assert [w.lam(t) for t in range(6)] == [0, 1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6]
@@ -92,7 +92,7 @@ def drawn(buffer, k, steps, cfg):
 
 
 def test_d7_prompts_come_without_replacement_epoch_after_epoch():
-    """5 samples, 2 a step: steps 0-4 are 10 draws, two epochs, the third step takes the last of one and the first of the
+    """5 samples, 2 per step: steps 0-4 are 10 draws, two epochs, the third step takes the last of one and the first of the
     other."""
     w = world(5)
     steps = drawn(Buffer(w.originals), 1, 5, w.cfg)
@@ -103,7 +103,7 @@ def test_d7_prompts_come_without_replacement_epoch_after_epoch():
 
 
 def test_d7_a_step_wider_than_the_buffer_goes_through_it_more_than_once():
-    """3 samples, 7 a step: two epochs and a third of the next; the next step goes on there."""
+    """3 samples, 7 per step: two epochs and a third of the next; the next step goes on there."""
     w = world(3, batch_prompts=7)
     first, second = drawn(Buffer(w.originals), 1, 2, w.cfg)
     assert [sorted(part) for part in (first[:3], first[3:6], [first[6], *second[:2]], second[2:5])] == [["0", "1", "2"]] * 4
@@ -117,7 +117,7 @@ def test_order_of_prompts_depends_on_seed_and_iteration():
 
 
 def test_d7_every_iteration_draws_from_the_beginning_of_its_own_buffer(monkeypatch):
-    """3 samples, 2 a step: S = 2. RL steps 0 and 1 are draws 0 and 1 of iteration 1, 2 and 3 those of iteration 2."""
+    """3 samples, 2 per step: S = 2. RL steps 0 and 1 are draws 0 and 1 of iteration 1, 2 and 3 those of iteration 2."""
     asked = []
     names = ("cold_start", "rollout", "score", "update", "select", "write_down", "retrain", "finish")
     idle = {name: lambda *_: None for name in names}
@@ -667,7 +667,7 @@ def test_sft_learns_every_answer_token_and_the_stop_token_and_no_prompt_token(po
 
 
 def test_sft_takes_every_example_once_in_batches_of_sft_batch(monkeypatch, tmp_path):
-    """5 examples, 2 a step: ceil(5/2) = 3 updates, the last one of a single example; stage 4 belongs to iteration 2."""
+    """5 examples, 2 per step: ceil(5/2) = 3 updates, the last one of a single example; stage 4 belongs to iteration 2."""
     seen = []
 
     def step(policy, teacher, batch, cfg):
@@ -777,7 +777,7 @@ def records(out):
 
 
 def test_the_schedule_of_a_run(finished):
-    """S = 3, K = 2, T = 6; 5 prompts a step, 3 answers each; lambda = t/6."""
+    """S = 3, K = 2, T = 6; 5 prompts per step, 3 answers each; lambda = t/6."""
     config = json.loads((finished / "config.json").read_text())
     assert (config["S"], config["T"]) == (3, 6)
     assert [(m["step"], m["iteration"], m["lam"]) for m in rl_lines(finished)] == [
@@ -835,7 +835,7 @@ def test_d6_kl_is_0_at_the_first_step_of_every_iteration_only(finished):
 
 
 def test_the_weights_after_the_cold_start_take_no_second_copy_in_main_memory(place, tmp_path, monkeypatch):
-    """The reference is offloaded, once an iteration; the cold weights, in iteration 2 at each evaluation, are not."""
+    """The reference is offloaded, once per iteration; the cold weights, in iteration 2 at each evaluation, are not."""
     asked, inner = [], Policy.frozen_copy
     monkeypatch.setattr(Policy, "frozen_copy", lambda policy, *, offload=False: asked.append(offload) or inner(policy))
     assert place.run(tmp_path / "run", "--steps", 1, "--eval_every", 1, "--ref_offload", "true")[0] == 0
@@ -901,7 +901,7 @@ def test_new_samples_are_drawn_in_the_next_iteration(finished):
 
 
 def test_weights_versions_count_optimizer_steps(finished):
-    """18 valid answers of the cold start make 3 updates (6 a step); then two mini-batches a step (3 + 2 prompts)."""
+    """18 valid answers of the cold start make 3 updates (6 per step); then two mini-batches per step (3 + 2 prompts)."""
     cold = len(lines(finished / "cold_start.jsonl"))
     first = math.ceil(cold / 6)
     versions = sorted({r["weights_version"] for r in lines(finished / "rollouts/iteration-1.jsonl")})

@@ -41,7 +41,7 @@ def test_every_prompt_lists_the_labels_of_its_own_dataset(folders):
 
 
 def test_prompts_are_drawn_by_size_of_dataset_and_a_resumed_run_draws_the_same(folders):
-    """16 samples, 4 a step: four steps take each once, 4 of calm and 12 of wide. Step 2 needs no step before it."""
+    """16 samples, 4 per step: four steps take each once, 4 of calm and 12 of wide. Step 2 needs no step before it."""
     cfg = settings(folders)
     buffer = Buffer(tuple(task.read_splits(cfg)["train"]))
     steps = [[s.id for s in buffer.draw(1, step, cfg)] for step in range(4)]

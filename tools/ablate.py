@@ -1,4 +1,4 @@
-"""The ablations of Table 2 over seeds, and some of our own: one run a row and seed, then one table.
+"""The ablations of Table 2 over seeds, and some of our own: one run per row and seed, then one table.
 
     python -m tools.ablate --preset toy --seeds 3 --out runs/ablate
     python -m tools.ablate --preset toy --seeds 3 --out runs/ablate --rows full no_self_emo -- --n 4
@@ -91,7 +91,7 @@ def table_rows(samples: int, soft: bool, gold: Path, expert: Sequence[str]) -> l
     """All rows, those of Table 2 first. `samples`: training samples there are; `soft`: whether any has two gold labels."""
     fewer, few = max(1, 2 * samples // 3), max(1, samples // 20)
     no_expert = "" if expert else "give --expert: its data is what this row learns first"
-    one_hot = "" if soft else "gold has one label a sample already: the row would repeat the full one"
+    one_hot = "" if soft else "gold has one label per sample already: the row would repeat the full one"
     return [
         Row("full", "SELF-EMO"),
         Row("with_cold", "w/ COLD", ("--cold_start", "expert", *expert), no_expert),
@@ -164,7 +164,7 @@ def start(job: Job) -> subprocess.Popen[bytes]:
 
 
 def run_all(jobs: Sequence[Job], at_once: int) -> list[str]:
-    """Make all runs, at most `at_once` together; one line a run that did not finish.
+    """Make all runs, at most `at_once` together; one line per run that did not finish.
 
     Raises `UserError` if a run says that the command is wrong. Whatever ends it, the runs that still go are asked to save.
     """
@@ -218,7 +218,7 @@ def with_consensus(job: Job) -> dict[str, float]:
 
 
 def collected(jobs: Sequence[Job], measure: Callable[[Job], dict[str, float]] = scores) -> list[dict[str, Any]]:
-    """One record a row: title, flags, the seeds that are finished, and every number by seed, with mean and deviation."""
+    """One record per row: title, flags, the seeds that are finished, and every number by seed, with mean and deviation."""
     records: list[dict[str, Any]] = []
     for row in dict.fromkeys(job.row for job in jobs):
         runs = {job.seed: measure(job) for job in jobs if job.row == row and finished(job)}

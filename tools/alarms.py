@@ -183,7 +183,7 @@ CHECKS: tuple[tuple[str, Callable[[Course], Found], str], ...] = (  # title, che
      "every ratio is 1 and nothing is clipped. The advantages of a group sum to 0 (Eq. 13), so the loss is 0 but for the "
      "lengths of the answers. Its gradient is not 0: it raises answers with a positive advantage and lowers the others. "
      "Watch rewards and evaluations, not the loss. It would be a fault if sampler and training disagreed (raised above .1 "
-     "nats a token) or the gradient were 0 while answers differ."),
+     "nats per token) or the gradient were 0 while answers differ."),
     ("Accuracy on dev holds within a stage", held_out,
      "Training rewards may rise while answers to dialogues that were not trained on get worse. The last evaluation of an RL "
      "stage is compared with the best one before it in the same stage, its start included, sample by sample. The best of "
@@ -203,11 +203,11 @@ CHECKS: tuple[tuple[str, Callable[[Course], Found], str], ...] = (  # title, che
          run.late("reward/zero_std") > 0.9, f"share of such groups: {run.moved('reward/zero_std')}"),
      "An advantage compares an answer with its group. Where all earn the same, all right or all wrong, the first term of "
      "Eq. 13 is exactly 0 and the group teaches nothing but consistency. Some is normal and grows with skill. Raised above "
-     "nine tenths: harder data, more answers a prompt, or an earlier stop."),
+     "nine tenths: harder data, more answers per prompt, or an earlier stop."),
     ("Consistency differs within a group", lambda run: (
          run.late("consistency/zero_std") > 0.9, f"share of such groups: {run.moved('consistency/zero_std')}"),
      "Where all answers of a group name equally many core emotions, the second term of Eq. 13 is 0 and SELF-GRPO is plain "
-     "GRPO. With one label a sample as gold and one emotion an answer that is nearly always so (D14). Raised above nine "
+     "GRPO. With one label per sample as gold and one emotion per answer that is nearly always so (D14). Raised above nine "
      "tenths."),
     ("Groups agree on the gold emotion", lambda run: (
          run.change("consistency/core_on_gold") < -0.1 and run.change("consistency/mean") >= 0,
@@ -218,10 +218,10 @@ CHECKS: tuple[tuple[str, Callable[[Course], Found], str], ...] = (  # title, che
      "Stop earlier, or compare with self_grpo false. Raised when the second falls by more than a tenth."),
     ("Answers list only emotions that they mean", lambda run: (
          run.change("answer/entries") > 0.2 and run.change("answer/min_share") < 0,
-         f"recognised emotions an answer: {run.moved('answer/entries')}; smallest share among them: "
+         f"recognised emotions per answer: {run.moved('answer/entries')}; smallest share among them: "
          f"{run.moved('answer/min_share')}; lambda {run.early('lam'):.2f} to {run.late('lam'):.2f}"),
      "An answer that names one more core emotion, with a small weight, loses little IOU and gains a third of Eq. 12. From "
-     "some lambda on that pays (PAPER.md has the arithmetic). The floor of 0.1 a weight (D8) makes it dearer, not "
+     "some lambda on that pays (PAPER.md has the arithmetic). The floor of 0.1 per weight (D8) makes it dearer, not "
      "impossible. Raised when answers have 0.2 entries more and their smallest share falls."),
     ("Answers name different emotions", one_emotion,
      "The most frequent label is right more often than any other guess, so its answers win in most groups, whatever was "

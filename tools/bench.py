@@ -75,7 +75,7 @@ WORKLOADS = {w.name: w for w in (A, B, STEP, ONE, LONG, LONG_ONE, LIMITS, *GROWT
 
 @dataclass(frozen=True)
 class Settings:
-    """Time ours against peers. Prints a table and writes one JSON line a row."""
+    """Time ours against peers. Prints a table and writes one JSON line per row."""
 
     workloads: tyro.conf.Positional[tuple[str, ...]] = ("rollout-a",)
     """rollout-a, rollout-b, step, step-long (prompts of 1,000 tokens), step-1 and step-long-1 (one prompt), limits (what the
@@ -140,7 +140,7 @@ def prompts(work: Workload, cfg: Settings) -> list[list[int]]:
 
 
 def measure(work: Workload, cfg: Settings, opened: Sequence[Side], limits: Side) -> list[dict[str, Any]]:
-    """One row a side. The sides take turns, so that a slow minute of the machine falls on all of them."""
+    """One row per side. The sides take turns, so that a slow minute of the machine falls on all of them."""
     job = {**asdict(work), "prompts": prompts(work, cfg)}
     able = [side for side in opened if can(side.name, work)]
     for side in able:
@@ -157,7 +157,7 @@ def measure(work: Workload, cfg: Settings, opened: Sequence[Side], limits: Side)
 
 
 def fastest(turns: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The limits over all turns: least seconds, most operations and bytes a second of each kind."""
+    """The limits over all turns: least seconds, most operations and bytes per second of each kind."""
     least: dict[str, Any] = {name: min(t[name] for t in turns) for name in TIMES if name in turns[0]}
     return {**least, **{kind: {k: max(t[kind][k] for t in turns) for k in turns[0][kind]} for kind in ("flops", "bytes")}}
 

@@ -24,7 +24,7 @@ class Stage:
 class Timeline:
     """The time axis: the RL steps of every iteration, and a slot for each fine-tuning, which has no RL steps."""
 
-    steps: int  # S, RL steps an iteration
+    steps: int  # S, RL steps per iteration
     iterations: int  # K
 
     @property

@@ -180,7 +180,7 @@ def profiled(work: Callable[[], object], device: torch.device) -> list[Any]:
 
 
 def pace_of(sample: Callable[[int], object], device: torch.device, short: int, long: int) -> Pace:
-    """A decode step, as the difference of long and short answers: what happens once a rollout cancels out.
+    """A decode step, as the difference of long and short answers: what happens once per rollout cancels out.
 
     The clock runs without the profiler, which slows the host. What it counts it counts over a sixth of the steps.
     """
@@ -194,14 +194,14 @@ def pace_of(sample: Callable[[int], object], device: torch.device, short: int, l
 
 
 def bandwidth(device: torch.device) -> float:
-    """Bytes a second, read and written, of a large copy."""
+    """Bytes per second, read and written, of a large copy."""
     x = torch.randn(2**28 if on_gpu(device) else 2**20, device=device)
     y = torch.empty_like(x)
     return 2 * x.nbytes / median_s(partial(y.copy_, x), device, 10)
 
 
 def pace(device: torch.device) -> Iterator[Row]:
-    """Decode steps: waits, how busy the GPU is, and tokens a second against the bytes that have to move."""
+    """Decode steps: waits, how busy the GPU is, and tokens per second against the bytes that have to move."""
     speed = bandwidth(device)
     for name in SHAPES if on_gpu(device) else ("Qwen/small",):
         policy = random_policy(qwen_config(name, device, layers=36), device)
@@ -212,7 +212,7 @@ def pace(device: torch.device) -> Iterator[Row]:
 
 
 def pace_rows(what: str, policy: Policy, rows: int, speed: float) -> Iterator[Row]:
-    """Of eight answers to each prompt, with steps recorded and not; `speed` in bytes a second."""
+    """Of eight answers to each prompt, with steps recorded and not; `speed` in bytes per second."""
     device, n = policy.device, 8
     gpu = on_gpu(device)
     S, short, long = (512, 8, 56) if gpu else (12, 2, 8)

@@ -2,7 +2,7 @@
 
     python -m tools.bench limits --model DIR --dtype float32
 
-The counts are for dense models and for what has to be computed: every prompt once a group, logits of answer tokens alone,
+The counts are for dense models and for what has to be computed: every prompt once per group, logits of answer tokens alone,
 keys that a token sees. What is computed twice to save memory, and padding, do not count as work. A multiplication and an
 addition are two operations (FLOPs).
 """
@@ -66,19 +66,19 @@ class Shapes:
 
 @dataclass(frozen=True)
 class Limits:
-    """Operations a second of each product, and bytes a second of each way to read; the best of each kind is the limit."""
+    """Operations per second of each product, bytes per second of each way to read; the best of each kind is the limit."""
 
     flops: Mapping[str, float]
     bytes: Mapping[str, float]
 
     @property
     def peak(self) -> float:
-        """Operations a second."""
+        """Operations per second."""
         return max(self.flops.values())
 
     @property
     def bandwidth(self) -> float:
-        """Bytes a second."""
+        """Bytes per second."""
         return max(self.bytes.values())
 
 

@@ -84,8 +84,8 @@ def difference(a: Mapping[int, float], b: Mapping[int, float]) -> dict[int, floa
 def effects(records: Sequence[Numbers]) -> list[dict[str, Any]]:
     """What lambda and self-play change at each noise, and how much more than without noise: differences by seed.
 
-    One entry a comparison: `title`, and by the heading of each score `values`, their `mean` and its 95 % t interval (`low`,
-    `high`; None for one seed). A comparison without a common seed is left out.
+    One entry per comparison: `title`, and by the heading of each score `values`, their `mean` and its 95 % t interval
+    (`low`, `high`; None for one seed). A comparison without a common seed is left out.
     """
     known, found = {record["name"]: record for record in records}, []
     names = score_names(records)
@@ -139,7 +139,7 @@ PANELS = ("order", "on_gold", "on_gold_if_wrong")
 
 
 def picture(records: Sequence[Numbers]) -> str:
-    """Test scores and what the consensus did over the share of wrong labels, a line a side."""
+    """Test scores and what the consensus did over the share of wrong labels, a line per side."""
     known = {record["name"]: record for record in records}
     panels: dict[str, Points] = {}
     for heading, name in (score_names(records) | {NAMES[name]: f"consensus/{name}" for name in PANELS}).items():

@@ -84,7 +84,7 @@ class Parity:
 
 @dataclass(frozen=True)
 class Answers:
-    """Answers to prompts with everything a loss needs, one row an answer, as long as it is."""
+    """Answers to prompts with everything a loss needs, one row per answer, as long as it is."""
 
     prompts: Sequence[Sequence[int]]
     answers: Sequence[Sequence[int]]

@@ -86,7 +86,7 @@ def learning(config: Record, evals: Lines, rl: Lines, time: Timeline) -> Iterato
 
 
 def entropies(config: Record, evals: Lines, rl: Lines, time: Timeline) -> Iterator[Chart]:
-    """Fig. 6: (a) of the policy, (b) of the three tasks, nats a token."""
+    """Fig. 6: (a) of the policy, (b) of the three tasks, nats per token."""
     text = "Token entropy of the answers that the policy sampled, in nats."
     yield chart("entropy", "Entropy of the policy (a)", "nats per token", text, {"policy/entropy": "policy"}, rl, time)
     tasks = {"recognition": "recognition", "self_emotion": "own emotion", "response": "response"}
@@ -107,7 +107,7 @@ def health(rl: Lines, time: Timeline) -> Iterator[Chart]:
           "reward/zero_std": "equal rewards", "consistency/zero_std": "equal consistency"}),
         ("entries", "Emotions in an answer", "emotions, share",
          "How many a valid answer recognises, and the smallest share among them.",
-         {"answer/entries": "emotions an answer", "answer/min_share": "smallest share"}),
+         {"answer/entries": "emotions per answer", "answer/min_share": "smallest share"}),
         ("top", "Variety", "share",
          "Share of the emotion that most valid answers name, and of the most frequent gold label.",
          {"answer/top_emotion": "named most", "gold/top_emotion": "gold"}),
@@ -118,7 +118,7 @@ def health(rl: Lines, time: Timeline) -> Iterator[Chart]:
          {"clip_frac": "clipped", "kl/clamped": "KL cut"}),
         ("gradient", "Gradient", "norm", "Norm of the gradient before it is clipped at 1, mean of a step's updates.",
          {"grad_norm": "gradient norm"}),
-        ("length", "Length", "tokens", "Mean number of tokens of an answer.", {"answer/tokens": "tokens an answer"}),
+        ("length", "Length", "tokens", "Mean number of tokens of an answer.", {"answer/tokens": "tokens per answer"}),
         ("kl", "Distance", "nats per token", "KL to the iteration's reference and to the model after the cold start.",
          {"policy/kl": "to the reference", "policy/kl_cold_start": "to the cold start"}),
     ):  # fmt: skip
@@ -212,7 +212,7 @@ class Matrix:
     counts: Mapping[tuple[str | None, str | None], int]
 
     def rows(self) -> list[tuple[str, int, list[tuple[int, float]]]]:
-        """(gold, answers, (count, share) a column) of every gold label that occurs."""
+        """(gold, answers, (count, share) per column) of every gold label that occurs."""
         found = []
         for gold in self.labels:
             row = [self.counts.get((gold, p), 0) for p in (*self.labels, None)]

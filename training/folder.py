@@ -231,7 +231,7 @@ def open_run(
 
 
 def changed_files(out: Path, state: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the files that the state of a checkpoint knows, a line each."""
+    """What is wrong with the files that the state of a checkpoint knows, one line per file."""
     found = []
     for name, expected in state["sums"].items():
         size = state["offsets"].get(name)

@@ -1,8 +1,9 @@
 """What the consensus (Eqs. 11-13) did in a run: how often it changed the order of answers, and how often it was right."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 
 from analysis.audit import rollouts
@@ -24,6 +25,8 @@ NAMES: Mapping[str, str] = {
     "on_gold_if_wrong": "consensus on clean gold where the label is wrong",
     "right_by_reward": "right answers ahead by reward",
     "right_by_consistency": "right answers ahead by Eq. 12",
+    "right_by_consistency_alike": "right answers ahead by Eq. 12, as many emotions in both",
+    "right_by_vote": "right answers ahead by vote",
     "right_by_advantage": "right answers ahead by advantage",
     "several": "answers with several emotions",
 }
@@ -45,6 +48,8 @@ def shares(records: Sequence[Record], clean: Mapping[str, Weights]) -> dict[str,
     original = [(set(r["core"]), heaviest(r["core"]), r, clean[r["sample_id"]]) for r in records if not r["depth"]]
     wrong = [heaviest(r["gold"]) != heaviest(gold) for _, _, r, gold in original]
     right = [top == heaviest(gold) for _, top, _, gold in original]
+    opposed = [pair for r in records if not r["depth"] for pair in right_and_wrong(r, heaviest(clean[r["sample_id"]]))]
+    alike = [(a, b) for a, b in opposed if named(a) == named(b)]
     return {
         "order": mean(any(a != b for a, b in orders(r)) for r in records),
         "reversed": mean(any(a * b < 0 for a, b in orders(r)) for r in records),
@@ -53,8 +58,12 @@ def shares(records: Sequence[Record], clean: Mapping[str, Weights]) -> dict[str,
         "equals_gold": mean(set(gold) == core for core, _, _, gold in original),
         "wrong": mean(wrong),
         "on_gold_if_wrong": mean(r for r, w in zip(right, wrong, strict=True) if w),
-        **{f"right_by_{name}": ahead(records, clean, name) for name in ("reward", "consistency", "advantage")},
-        "several": mean(len(a["parse"]["last_emotions"]) > 1 for r in records for a in valid(r)),
+        "right_by_reward": ahead(opposed, lambda a: a["reward"]),
+        "right_by_consistency": ahead(opposed, lambda a: a["consistency"]),
+        "right_by_consistency_alike": ahead(alike, lambda a: a["consistency"]),
+        "right_by_vote": ahead(opposed, lambda a: a["votes"]),
+        "right_by_advantage": ahead(opposed, lambda a: a["advantage"]),
+        "several": mean(named(a) > 1 for r in records for a in valid(r)),
     }
 
 
@@ -63,18 +72,25 @@ def valid(record: Record) -> list[Record]:
     return [answer for answer in record["answers"] if answer["parse"]["reason"] is None]
 
 
-def ahead(records: Sequence[Record], clean: Mapping[str, Weights], name: str) -> float:
-    """How often an answer that is right by clean gold is ahead by this number of one of its group that is wrong.
+def named(answer: Record) -> int:
+    """How many emotions a valid answer recognises."""
+    return len(answer["parse"]["last_emotions"])
 
-    Over all such pairs of valid answers to original samples; a tie is half. At .5 the number knows nothing of the truth.
+
+def right_and_wrong(record: Record, truth: str) -> list[tuple[Record, Record]]:
+    """All pairs of a right and a wrong answer of a group, valid both; each with its `votes`.
+
+    Votes are the valid answers of the group with the same heaviest emotion: a plain majority vote, which the paper lacks.
     """
-    found = list[float]()
-    for record in (r for r in records if not r["depth"]):
-        truth = heaviest(clean[record["sample_id"]])
-        hits = [(heaviest(a["parse"]["last_emotions"]) == truth, a[name]) for a in valid(record)]
-        rights, wrongs = ([x for hit, x in hits if hit is side] for side in (True, False))
-        found += [(a > b) + (a == b) / 2 for a in rights for b in wrongs]
-    return mean(found)
+    said = [(heaviest(answer["parse"]["last_emotions"]), answer) for answer in valid(record)]
+    votes = Counter(top for top, _ in said)
+    sides = ([{**a, "votes": votes[top]} for top, a in said if (top == truth) is side] for side in (True, False))
+    return list(product(*sides))
+
+
+def ahead(pairs: Sequence[tuple[Record, Record]], number: Callable[[Record], float]) -> float:
+    """How often the first one of a pair has the greater number; a tie is half. At .5 it knows nothing of the truth."""
+    return mean((number(a) > number(b)) + (number(a) == number(b)) / 2 for a, b in pairs)
 
 
 def orders(record: Record) -> list[tuple[int, int]]:

@@ -11,7 +11,7 @@ import pytest
 
 from analysis import audit
 from analysis.compare import t_interval, t_quantile
-from analysis.consensus import consensus, shares
+from analysis.consensus import NAMES, consensus, shares
 from common.errors import UserError
 from common.flags import pairs
 from corpora.dialogue import Turn
@@ -151,25 +151,27 @@ def test_shares_of_groups_by_hand():
     clean = {"a": {"joy": 1.0}, "b": {"joy": 0.7, "anger": 0.3}, "c": {"joy": 1.0}}
     assert shares(records, clean) == pytest.approx({
         "order": 1 / 2, "reversed": 1 / 4, "on_gold": 1 / 3, "holds_gold": 2 / 3, "equals_gold": 1 / 3, "wrong": 2 / 3,
-        "on_gold_if_wrong": 1 / 2, "right_by_reward": 0, "right_by_consistency": 0, "right_by_advantage": 0, "several": 0,
+        "on_gold_if_wrong": 1 / 2, "several": 0,
+        **dict.fromkeys((name for name in NAMES if name.startswith("right_by")), 0),
     })  # fmt: skip
 
 
 def test_how_often_right_answers_are_ahead_by_hand():
     """Clean gold is joy. Three answers to the original name joy, joy and anger, and anger; the fourth breaks the rule.
 
-    So there are two pairs of a right and a wrong answer. Reward: 1 > .5, .5 = .5: 1.5 of 2. Consistency: .5 < 1, 1 = 1: .5
-    of 2. Advantage: .2 < .3, .4 > .3: 1 of 2. The new sample, whose answer names two emotions, has no pair. Of four valid
-    answers two name several emotions.
+    So there are two pairs of a right and a wrong answer. Reward: 1 > .5, .5 = .5: 1.5 of 2. Consistency: .5 = .5, .25 < .5:
+    .5 of 2; only the first two name as many emotions: .5 of 1. Votes: 2 > 1, 2 > 1. Advantage: .2 < .3, .4 > .3: 1 of 2. The
+    new sample, whose answer names two emotions, has no pair. Of four valid answers two name several emotions.
     """
     said = [says("joy"), says("joy", "anger"), says("anger"), BROKEN]
     records = [
-        group({}, {"anger": 1.0}, [1.0, 0.5, 0.5, 0.0], [0.2, 0.4, 0.3, -1.0], consistency=[0.5, 1, 1, 0], parses=said),
+        group({}, {"anger": 1.0}, [1.0, 0.5, 0.5, 0.0], [0.2, 0.4, 0.3, -1.0], consistency=[0.5, 0.25, 0.5, 0], parses=said),
         group({}, {"joy": 1.0}, [1.0], [0.0], depth=1, name="new", parses=[says("fear", "joy")]),
     ]
     found = shares(records, {"a": {"joy": 1.0}})
-    names = ("right_by_reward", "right_by_consistency", "right_by_advantage", "several")
-    assert [found[name] for name in names] == pytest.approx([3 / 4, 1 / 4, 1 / 2, 1 / 2])
+    numbers = ("reward", "consistency", "consistency_alike", "vote", "advantage")
+    assert [found[f"right_by_{name}"] for name in numbers] == pytest.approx([3 / 4, 1 / 4, 1 / 2, 1, 1 / 2])
+    assert found["several"] == 1 / 2
 
 
 def test_the_consensus_of_a_run_is_held_against_clean_gold(noisy_run, finished):

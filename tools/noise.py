@@ -135,7 +135,7 @@ def signed(number: Mapping[str, Any]) -> str:
     return f"{mean} [{', '.join(ends)}]" if ends else mean
 
 
-PANELS = ("order", "on_gold", "on_gold_if_wrong")
+PANELS = ("order", "right_by_reward", "right_by_consistency", "right_by_vote")
 
 
 def picture(records: Sequence[Numbers]) -> str:
@@ -145,7 +145,7 @@ def picture(records: Sequence[Numbers]) -> str:
     for heading, name in (score_names(records) | {NAMES[name]: f"consensus/{name}" for name in PANELS}).items():
         lines: dict[str, list[tuple[float, list[float]]]] = {title: [] for title, _ in SIDES.values()}
         for side, (title, _) in SIDES.items():
-            for rate in RATES[name.endswith("_if_wrong") :]:  # without noise no label is wrong
+            for rate in RATES:
                 values = [*by_seed(known[named(side, rate)], name).values()] if named(side, rate) in known else []
                 lines[title] += [(100 * rate, values)] if values else []
         panels |= {heading[0].upper() + heading[1:]: lines} if any(lines.values()) else {}

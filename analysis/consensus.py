@@ -84,8 +84,8 @@ def right_and_wrong(record: Record, truth: str) -> list[tuple[Record, Record]]:
     """
     said = [(heaviest(answer["parse"]["last_emotions"]), answer) for answer in valid(record)]
     votes = Counter(top for top, _ in said)
-    sides = ([{**a, "votes": votes[top]} for top, a in said if (top == truth) is side] for side in (True, False))
-    return list(product(*sides))
+    right, wrong = ([{**a, "votes": votes[top]} for top, a in said if (top == truth) is side] for side in (True, False))
+    return list(product(right, wrong))
 
 
 def ahead(pairs: Sequence[tuple[Record, Record]], number: Callable[[Record], float]) -> float:

@@ -1,6 +1,6 @@
 """Do later answers feel and speak better than earlier ones? Judges compare them in pairs, blind (Fig. 3, Tables 9 and 11).
 
-    python evaluate.py judge RUN --early 0-9 --late 10-19 --judge URL --judge_name NAME
+    python evaluate.py judge RUN --early 1-10 --late 11-20 --judge URL --judge_name NAME
     python evaluate.py judge --early DIR --late DIR --data meld=data/meld --judge DIR --out verdicts.jsonl
 
 Which answers make a pair is in analysis/pairing.py. Every judge is asked two questions about a pair, sees it in both orders

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import data
 from analysis.audit import rollouts
+from analysis.totals import rl_step
 from common.draws import shuffled, stable_hash
 from common.errors import UserError
 from common.files import Record, read_json, read_lines
@@ -45,11 +46,14 @@ class Pair:
 
 
 def span(text: str, flag: str) -> range:
-    """Steps of STEP or FIRST-LAST, both counted from 0 as in rollouts/. Raises `UserError`."""
+    """RL steps of STEP or FIRST-LAST, which count from 1 as the run prints them, as rollouts/ count them: from 0.
+
+    Raises `UserError`.
+    """
     match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
-    steps = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
-    if not steps:
-        raise UserError(f"{flag} {text}: give a step or FIRST-LAST, such as 0 or 0-9")
+    steps = range(int(match[1]) - 1, int(match[2] or match[1])) if match else range(0)
+    if not steps or steps[0] < 0:
+        raise UserError(f"{flag} {text}: give a step or FIRST-LAST, such as 1 or 1-10; the first RL step is 1")
     return steps
 
 
@@ -70,10 +74,11 @@ def drawn(record: Record, samples: Mapping[str, Sample], seed: int) -> Said | No
     if name not in samples:
         raise UserError(f"{name} is not in the data of this run: say with --data NAME=DIR where that is now")
     answer = valid[stable_hash(f"{seed}/judge/{record['step']}/{name}") % len(valid)]
+    where = f"{name}, {rl_step(record['step'])}, answer {answer['index']}"
     output = data.parse_output(answer["text"], record["labels"], finished=answer["finished"])
     if isinstance(output, Failure):
-        raise UserError(f"{name}, step {record['step']}, answer {answer['index']} is not what the run read: see its audit")
-    return Said(f"{name}, step {record['step']}, answer {answer['index']}", samples[name], output)
+        raise UserError(f"{where} is not what the run read: see its audit")
+    return Said(where, samples[name], output)
 
 
 MATCHES: Mapping[str, Callable[[Sample], object]] = {
@@ -113,7 +118,8 @@ def recorded(run: Path, early: str, late: str, *, moved: Sequence[str] = (), see
     groups = [record for _, record in rollouts(undamaged(run))]
     found = [[record for record in groups if record["step"] in steps] for steps in (first, last)]
     if not all(found):
-        raise UserError(f"{run} has no rollouts of steps {late if found[0] else early}: its last is {groups[-1]['step']}")
+        steps, end = late if found[0] else early, groups[-1]["step"] + 1
+        raise UserError(f"{run} has no rollouts of RL steps {steps}: its last is {end}")
     samples = known_samples(run, moved)
     sides = [[drawn(record, samples, seed) for record in part] for part in found]
     before, after = ([said for said in side if said] for side in sides)

@@ -222,8 +222,9 @@ def test_the_command_reads_a_run(monkeypatch, capsys, finished):
     answers = sum(len(r["answers"]) for n in (1, 2) for r in lines(finished / f"rollouts/iteration-{n}.jsonl")
                   if r["responder"]["persona"])  # fmt: skip
     assert sum(x["answers"]["run"] for x in found) == answers
-    late = command(monkeypatch, capsys, "--run", finished, "--min_cluster_size", "2", "--json", "--steps", "5")[1]
-    assert 0 < sum(x["answers"]["run"] for x in json.loads(late)["clusters"]) < answers
+    late = command(monkeypatch, capsys, "--run", finished, "--min_cluster_size", "2", "--json", "--steps", "6")[1]
+    last = [r for r in lines(finished / "rollouts/iteration-2.jsonl") if r["step"] == 5 and r["responder"]["persona"]]
+    assert sum(x["answers"]["run"] for x in json.loads(late)["clusters"]) == 3 * len(last) > 0
 
 
 @pytest.mark.parametrize(

@@ -149,12 +149,12 @@ def test_pairs_share_the_prompt_else_the_persona_else_the_kind_and_nothing_is_us
     assert [p.match for p in paired(early, late, 0)] == ["prompt", "persona", "kind"]
 
 
-@pytest.mark.parametrize(("text", "steps"), [("3", [3]), ("0-2", [0, 1, 2])])
-def test_span(text, steps):
+@pytest.mark.parametrize(("text", "steps"), [("3", [2]), ("1-3", [0, 1, 2])])
+def test_a_span_of_steps_counts_from_1_and_records_from_0(text, steps):
     assert list(span(text, "--early")) == steps
 
 
-@pytest.mark.parametrize("text", ["", "x", "2-1", "-1", "1-"])
+@pytest.mark.parametrize("text", ["", "x", "2-1", "-1", "1-", "0", "0-2"])
 def test_no_span(text):
     with pytest.raises(UserError, match="FIRST-LAST"):
         span(text, "--early")
@@ -168,7 +168,7 @@ def test_an_answer_is_drawn_among_the_valid_ones():
     record = {"step": 7, "sample_id": "world/train/d0/1", "labels": ["joy"], "answers": answers}
     known = {"world/train/d0/1": sample()}
     found = pairing.drawn(record, known, 0)
-    assert (found.where, found.output.my_output) == ("world/train/d0/1, step 7, answer 2", "Yes.")
+    assert (found.where, found.output.my_output) == ("world/train/d0/1, RL step 8, answer 2", "Yes.")
     assert pairing.drawn({**record, "answers": answers[:2]}, known, 0) is None
     with pytest.raises(UserError, match="--data NAME=DIR"):
         pairing.drawn(record, {}, 0)
@@ -269,12 +269,12 @@ def command(monkeypatch, capsys, *words):
 
 
 def test_a_run_is_judged_by_two_judges_once(monkeypatch, capsys, finished, tmp_path):
-    """Steps 0-2 against 3-5 of the small whole run. The second call asks nobody: everything is in the cache."""
+    """Steps 1-3 against 4-6 of the small whole run. The second call asks nobody: everything is in the cache."""
     pytest.importorskip("openai")
     out = tmp_path / "v.jsonl"
     with serving(lambda body, n: longer(body, n) if body["model"] == "long" else always_a(body, n)) as server:
         judges = [w for name in ("long", "first") for w in ("--judge", server.url, "--judge_name", name)]
-        words = [finished, "--early", "0-2", "--late", "3-5", *judges, "--out", out, "--limit", "8"]
+        words = [finished, "--early", "1-3", "--late", "4-6", *judges, "--out", out, "--limit", "8"]
         code, said_first, _ = command(monkeypatch, capsys, *words)
         requests = len(server.seen)
         again = command(monkeypatch, capsys, *words)
@@ -284,7 +284,7 @@ def test_a_run_is_judged_by_two_judges_once(monkeypatch, capsys, finished, tmp_p
     rows = lines(out)
     assert len(rows) == 2 * 8 * 2 * 3 and {row["judge"] for row in rows} == {"long", "first"}
     steps = [[int(re.search(r"step (\d+)", row[side])[1]) for row in rows] for side in ("early", "late")]
-    assert max(steps[0]) < 3 <= min(steps[1])
+    assert {*steps[0]} <= {1, 2, 3} and {*steps[1]} <= {4, 5, 6}
     assert rows[0]["match"] == "prompt" and rows[0]["early"].split(",")[0] == rows[0]["late"].split(",")[0]
     assert all(n["pairs"] == n["flip"] for n in numbers if n["judge"] == "first")
     assert all(n["invalid"] == n["flip"] == 0 for n in numbers if n["judge"] == "long")
@@ -309,12 +309,12 @@ def test_two_models_answer_the_same_prompts(monkeypatch, capsys, place, tmp_path
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--early", "0", "--late", "1", "--judge", "x"), "give RUN with steps, or two models"),
+        (("--early", "1", "--late", "2", "--judge", "x"), "give RUN with steps, or two models"),
         (("RUN", "--early", "3", "--late", "3", "--judge", "BASE"), "must end before"),
-        (("RUN", "--early", "0", "--late", "99", "--judge", "BASE"), "no rollouts of steps 99: its last is 5"),
-        (("RUN", "--early", "0", "--late", "5", "--judge", "https://h/v1"), "1 --judge, 1 of them URLs, and 0 --judge_name"),
-        (("/nowhere", "--early", "0", "--late", "5", "--judge", "BASE"), "/nowhere"),
-        (("RUN", "--early", "0", "--late", "5", "--judge", "BASE", "--limit", "-1"), "--limit"),
+        (("RUN", "--early", "1", "--late", "99", "--judge", "BASE"), "no rollouts of RL steps 99: its last is 6"),
+        (("RUN", "--early", "1", "--late", "6", "--judge", "https://h/v1"), "1 --judge, 1 of them URLs, and 0 --judge_name"),
+        (("/nowhere", "--early", "1", "--late", "6", "--judge", "BASE"), "/nowhere"),
+        (("RUN", "--early", "1", "--late", "6", "--judge", "BASE", "--limit", "-1"), "--limit"),
     ],
 )
 def test_a_users_mistake_is_one_line(monkeypatch, capsys, place, finished, words, message):

@@ -990,7 +990,7 @@ def poisoned(nth, *, loss_too):
 
 @pytest.mark.parametrize("loss_too", [True, False])
 def test_a_nan_stops_the_run_names_step_and_samples_and_trains_nothing(place, finished, tmp_path, monkeypatch, loss_too):
-    """Fourth forward of the RL stages: second mini-batch of step 1 (3 + 2 prompts of 3 answers: 5, 4; 5, 1 at most)."""
+    """Fourth forward of the RL stages: second mini-batch of the second step (3 + 2 prompts of 3 answers: 5, 4; 5, 1 at most)."""
     out = tmp_path / "run"
     inner, calls = torch.optim.AdamW.step, itertools.count()
 
@@ -1005,7 +1005,7 @@ def test_a_nan_stops_the_run_names_step_and_samples_and_trains_nothing(place, fi
         status, _, complained = place.run(out, "--save_every", 1, "--micro_batch", 3)
     assert status == 3
     assert complained.count("\n") == 1
-    assert "RL step 1" in complained
+    assert "at RL step 2; prompts of the mini-batch" in complained
     expected = [r["sample_id"] for r in lines(finished / "rollouts/iteration-1.jsonl") if r["step"] == 1]
     assert complained.count("tiny/train/") == 3
     assert all(name in complained for name in expected[:3])
@@ -1050,7 +1050,7 @@ def test_a_nan_in_supervised_fine_tuning_stops_the_run(place, tmp_path, monkeypa
     monkeypatch.setattr(coldstart, "sft_step", lambda *args: {**inner(*args), "grad_norm": math.inf})
     status, _, complained = place.run(tmp_path / "run")
     assert status == 3
-    assert "grad_norm" in complained
+    assert "grad_norm is not finite at fine-tuning step 1; " in complained
     assert complained.count("tiny/train/") == 6
 
 

@@ -69,7 +69,7 @@ def test_every_text_of_a_picture_lies_inside_it():
 def test_both_axes_of_every_panel_have_a_title():
     """What the upright one counts stands above its numbers; one panel each."""
     text = (FOLDER / "rate.svg").read_text(encoding="utf-8")
-    assert re.findall(r'<text x="8" y="15">(.*?)</text>', text) == [
+    assert re.findall(r'<text x="8" y="15.0">(.*?)</text>', text) == [
         "ratio", "nats per token", "share of answers", "reward", "nats per token", "share of samples",
     ]  # fmt: skip
     for picture in PICTURES:

@@ -34,7 +34,7 @@ from engine import batches
 from engine.shards import weights
 from model import Group, Policy
 from selfemo import mini_batch
-from training import coldstart, config, folder
+from training import coldstart, config, folder, task
 from training.config import Config
 from training.folder import Learner, Position
 from training.records import ScoredGroup, sample_from_record
@@ -990,7 +990,7 @@ def poisoned(nth, *, loss_too):
 
 @pytest.mark.parametrize("loss_too", [True, False])
 def test_a_nan_stops_the_run_names_step_and_samples_and_trains_nothing(place, finished, tmp_path, monkeypatch, loss_too):
-    """Fourth forward of the RL stages: second mini-batch of the second step (3 + 2 prompts of 3 answers: 5, 4; 5, 1 at most)."""
+    """Fourth forward of the RL stages: second mini-batch of RL step 2 (3 + 2 prompts of 3 answers: 5, 4; 5, 1 at most)."""
     out = tmp_path / "run"
     inner, calls = torch.optim.AdamW.step, itertools.count()
 
@@ -1033,6 +1033,17 @@ def test_after_a_nan_in_the_first_step_the_stage_begins_again(place, finished, t
         assert place.run(out)[0] == 3
     assert place.run(out, resume=True)[0] == 0
     assert results(out) == results(finished)
+
+
+@pytest.mark.parametrize(("step", "when"), [(0, "RL step 1"), (5, "RL step 6"), (-1, "an evaluation")])
+def test_logits_that_are_no_numbers_name_the_step_counted_from_1(monkeypatch, step, when):
+    def overflow(*args, **kwargs):
+        raise FloatingPointError("logits are not finite")
+
+    monkeypatch.setattr(task, "generate", overflow)
+    monkeypatch.setattr(Task, "encode", lambda self, one: ((5,), ""))
+    with pytest.raises(task.NotFinite, match=rf"^logits are not finite at {when}; prompts: w/train/0$"):
+        task.answer(world(1), Policy(tiny()), [sample(0)], n=2, temperature=1.0, step=step)
 
 
 def test_a_model_of_nans_is_one_line(place, tmp_path):

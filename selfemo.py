@@ -163,7 +163,7 @@ def update(run: Run, policy: Policy, scored: Sequence[ScoredGroup], t: int, cfg:
     values, old_N, ref_N = list[dict[str, float]](), list[Tensor](), list[Tensor]()
     for part, before_BT, ref_BT in zip(parts, before, ref, strict=True):
         measured, old_BT = mini_batch(policy, learner, part, before_BT, ref_BT, cfg)
-        coldstart.check_finite(measured, t, [s.sample.id for s in part])
+        coldstart.check_finite(measured, f"RL step {t + 1}", [s.sample.id for s in part])
         learner.apply()
         run.count_update()
         values.append(measured)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import data
 from analysis import sheet
-from analysis.totals import UNREADABLE, Scoring, Totals, against_data
+from analysis.totals import UNREADABLE, Scoring, Totals, against_data, rl_step
 from common.errors import UserError, reason
 from common.files import Record, numbered, read_json
 from common.flags import pairs
@@ -324,14 +324,15 @@ def order(records: Iterable[tuple[str, Record]], config: Record) -> Iterator[str
             yield f"{where}: step: step, weights_version and iteration must be whole numbers"
             continue
         if step not in (last[0], last[0] + 1) or (step > last[0]) != (version > last[1]) or version < last[1]:
-            yield f"{where}: step: step {step} with weights {version} follows step {last[0]} with weights {last[1]}"
+            after = f"follows {rl_step(last[0])} with weights {last[1]}" if last[0] >= 0 else "comes first"
+            yield f"{where}: step: {rl_step(step)} with weights {version} {after}"
         if not where.startswith(f"iteration-{iteration}.jsonl:") or step // config["S"] != iteration - 1:
-            yield f"{where}: iteration: {iteration}, but step {step} belongs to {step // config['S'] + 1}"
+            yield f"{where}: iteration: {iteration}, but {rl_step(step)} belongs to {step // config['S'] + 1}"
         last = (step, version)
         groups[step] += 1
     for step, found in groups.items():
         if found != config["batch_prompts"]:
-            yield f"step {step}: {found} groups, the config says {config['batch_prompts']}"
+            yield f"{rl_step(step)}: {found} groups, the config says {config['batch_prompts']}"
 
 
 # Working a group out for --show
@@ -380,7 +381,7 @@ def derivation(record: Record) -> Iterator[str]:
     """The numbers of one group (Eqs. 8-13) as a teacher would write them down."""
     answers, gold = record["answers"], record["gold"]
     valid = {a["index"]: a["parse"]["last_emotions"] for a in answers if a["parse"]["reason"] is None}
-    yield f"{record['sample_id']}, step {record['step']}, iteration {record['iteration']}, {record['origin']}"
+    yield f"{record['sample_id']}, {rl_step(record['step'])}, iteration {record['iteration']}, {record['origin']}"
     yield f"gold {dict(gold)}; normalised (Eq. 9): {weights(normalised(gold))}"
     for answer in answers:
         yield f"answer {answer['index']}, {len(answer['ids'])} tokens"

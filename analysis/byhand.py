@@ -16,6 +16,7 @@ from pathlib import Path
 
 from analysis import audit
 from analysis.table1 import markdown
+from analysis.totals import rl_step
 from common.errors import UserError
 from common.files import Record, read_json
 from grpo import CORE_SIZE, K3_MAX, RULE_BONUS, STD_EPS, core_emotions, iou, normalised
@@ -101,7 +102,7 @@ def opening(run: Path, record: Record, config: Record) -> Iterator[str]:
     """Where the group comes from."""
     yield f"# Worked by hand: one group of {config['n']} answers, from text to gradient"
     yield para(
-        f"The group of `{record['sample_id']}` in RL step {record['step']}, counted from 0, of a run with the preset "
+        f"The group of `{record['sample_id']}` in {rl_step(record['step'])} of a run with the preset "
         f"`{config['preset']}`, seed {config['seed']}. Every number follows from what that run wrote. A pocket "
         "calculator with ln and exp is enough to check it; the last digit may differ, because rounded numbers are "
         "shown and exact ones carried on. This page is what the following command prints:"

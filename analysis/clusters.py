@@ -230,7 +230,7 @@ class PersonasCommand:
     run: Path | None = None  # Run whose responders' personas are taken, and what its answers to them earned.
     personas: Path | None = None  # Personas to take instead (JSONL of `python -m experts`).
     scores: Pairs = ()  # Answers of evaluate.py score --out, repeatable: what they earn by persona (Table 3).
-    steps: str = ""  # Only answers of these RL steps of the run: STEP or FIRST-LAST, from 0.
+    steps: str = ""  # Only answers of these RL steps of the run: STEP or FIRST-LAST, from 0 as in rollouts/.
     encoder: str = ""  # Hugging Face folder of a text encoder. Default: TF-IDF and SVD.
     min_cluster_size: int = 0  # Least descriptions of a cluster; 0 = a 300th of all, at least 5.
     plot: Path | None = None

@@ -17,7 +17,10 @@ def columns(records: Iterable[Record]) -> list[str]:
 
 
 def rows(records: Iterable[Record]) -> Iterator[Record]:
-    """One row per answer; groups count from 0. An emotion that is not named has no entry; `rule` is 1 or 0."""
+    """One row per answer. An emotion that is not named has no entry; `rule` is 1 or 0.
+
+    Groups and steps count from 0, as in the files of a run.
+    """
     for number, record in enumerate(records):
         for answer in record["answers"]:
             valid = answer["parse"]["reason"] is None

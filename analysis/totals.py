@@ -20,6 +20,11 @@ UNREADABLE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueErro
 CONTEXT = (Turn("somebody", "-"),)  # scores do not look at it
 
 
+def rl_step(step: object) -> str:
+    """An RL step as the run prints it: its records count from 0, readers from 1."""
+    return f"RL step {step + 1 if type(step) is int else step!r}"
+
+
 def place(line: Record) -> tuple[str, str, str]:
     """Which evaluation a line belongs to."""
     return repr(line.get("iteration")), repr(line.get("step")), repr(line.get("when"))
@@ -44,7 +49,7 @@ class Totals:
         found = [(where, line) for where, line in self.lines if line.get("phase") == "rl" and line.get("step") == step]
         self.steps.add(step if isinstance(step, int) else None)
         if len(found) != 1:
-            yield f"metrics.jsonl: step {step}: {len(found)} lines of an RL step, there should be one"
+            yield f"metrics.jsonl: {rl_step(step)}: {len(found)} lines, there should be one"
             return
         [(where, line)] = found
         try:
@@ -75,7 +80,7 @@ class Totals:
         """
         for where, line in self.lines:
             if line.get("phase") == "rl" and line.get("step") not in self.steps:
-                yield f"{where}: step {line.get('step')}: no record of this RL step"
+                yield f"{where}: {rl_step(line.get('step'))}: it has no record"
             if line.get("phase") == "sft" and "new/samples" in line:
                 own = [child for k, child in children if k == line.get("iteration")]
                 expected = {k: v for k, v in buffer_metrics(own, own).items() if k != "new/label_js"}  # that one needs D0

@@ -305,14 +305,15 @@ def test_lengths_must_fit(tmp_path):
 
 def test_steps_must_follow_each_other(tmp_path):
     (kept, rule), (low, label) = RUN
-    assert any("step 1: 1 groups, the config says 2" in p for p in problems(tmp_path, [[kept, rule], [low]], BUFFER))
-    assert any("step 0: 3 groups" in p for p in problems(tmp_path, [[kept, rule, rule], [low, label]], BUFFER))
+    assert any("RL step 2: 1 groups, the config says 2" in p for p in problems(tmp_path, [[kept, rule], [low]], BUFFER))
+    assert any("RL step 1: 3 groups" in p for p in problems(tmp_path, [[kept, rule, rule], [low, label]], BUFFER))
     mixed = problems(tmp_path, [[kept, rule, low, label], []], BUFFER)
-    assert any("iteration-1.jsonl:3: iteration: 2" in p for p in mixed)
+    assert any("iteration-1.jsonl:3: iteration: 2, but RL step 2 belongs to 2" in p for p in mixed)
     swapped = problems(tmp_path, [[low, label], [kept, rule]], BUFFER)
-    assert any("iteration-2.jsonl:1: step: step 0 with weights 0 follows step 1 with weights 7" in p for p in swapped)
+    assert any("iteration-2.jsonl:1: step: RL step 1 with weights 0 follows RL step 2 with weights 7" in p for p in swapped)
     stale = rehashed({**low, "weights_version": 0}), rehashed({**label, "weights_version": 0})
-    assert any("step 1 with weights 0 follows" in p for p in problems(tmp_path, [[kept, rule], [*stale]], BUFFER))
+    assert any("iteration-1.jsonl:1: step: RL step 2 with weights 7 comes first" in p for p in swapped)
+    assert any("RL step 2 with weights 0 follows" in p for p in problems(tmp_path, [[kept, rule], [*stale]], BUFFER))
 
 
 @pytest.mark.parametrize(
@@ -415,6 +416,7 @@ def test_show_works_a_group_out(tmp_path):
     write(tmp_path, RUN, BUFFER)
     text = audit.show(tmp_path, "world/train/a/1")
     for line in (
+        "world/train/a/1, RL step 1, iteration 1, original",
         "gold {'joy': 0.65, 'fear': 0.35}; normalised (Eq. 9): joy 0.650000, fear 0.350000",
         "  minima: joy 0.650000, fear 0.250000; sum 0.900000",
         "  maxima: joy 0.750000, fear 0.350000; sum 1.100000",

@@ -136,7 +136,7 @@ def test_a_replay_that_leaves_the_run_stops(finished, tmp_path, capsys):
     arguments = [str(tmp_path / "run"), records[-1]["sample_id"], "--out", str(tmp_path / "out")]
     assert replay.main(arguments) == 2
     error = capsys.readouterr().err
-    assert "the replay leaves the run at step 0: a log-prob differs by 0.01" in error and not (tmp_path / "out").exists()
+    assert "the replay leaves the run at RL step 1: a log-prob differs by 0.01" in error and not (tmp_path / "out").exists()
 
 
 def test_the_command_of_the_replay_writes_what_the_chapter_needs(finished, tmp_path, capsys):

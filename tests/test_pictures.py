@@ -11,7 +11,7 @@ from conftest import lines, status_of
 from common.errors import UserError
 from tools import pictures
 from tools.alarms import alarms
-from tools.pictures import PICTURES, Picture, ablations_svg, curves_svg, growth_panel, growth_svg
+from tools.pictures import PICTURES, UNITS, Picture, ablations_svg, curves_svg, growth_panel, growth_svg
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "docs" / "curves"
@@ -53,16 +53,29 @@ def test_every_text_of_a_picture_lies_inside_it():
     """Letters of 12.5 px bold are at most 8 px wide, the others 7. Ticks end at their x or stand around it."""
     for picture in PICTURES:
         root = ElementTree.fromstring((FOLDER / f"{picture.name}.svg").read_text(encoding="utf-8"))
-        width = int(root.get("viewBox").split()[2])
+        width, height = map(int, root.get("viewBox").split()[2:])
         for group in [root, *root.findall(f"{SVG}g")]:
-            shift = int(re.match(r"translate\((\d+)", group.get("transform", "translate(0"))[1])
+            shift, down = map(int, re.match(r"translate\((\d+) (\d+)", group.get("transform", "translate(0 0")).groups())
             for text in group.findall(f"{SVG}text"):
+                assert 9 <= down + float(text.get("y")) <= height - 4, (picture.name, text.text)
                 kinds, x = text.get("class", "").split(), shift + float(text.get("x"))
                 long = len(text.text or "") * (8 if "h" in kinds else 7)
                 before = long if "y" in kinds else long / 2 if kinds in (["x"], ["stage"]) else 0
                 assert x - before >= 0 and x - before + long <= width, (picture.name, text.text)
         for metric, heading in picture.panels.items():
             assert 8 * len(heading) + 7 * len(metric) * (len(picture.panels) > 1) <= 364, heading
+
+
+def test_both_axes_of_every_panel_have_a_title():
+    """What the upright one counts stands above its numbers; one panel each."""
+    text = (FOLDER / "rate.svg").read_text(encoding="utf-8")
+    assert re.findall(r'<text x="8" y="15.0">(.*?)</text>', text) == [
+        "ratio", "nats per token", "share of answers", "reward", "nats per token", "share of samples",
+    ]  # fmt: skip
+    for picture in PICTURES:
+        assert set(picture.panels) <= set(UNITS)
+        drawn = (FOLDER / f"{picture.name}.svg").read_text(encoding="utf-8")
+        assert drawn.count(">RL steps done</text>") == len(picture.panels)
 
 
 RAISED = re.compile(r"^- Alarms(?:, [^:]+)?: (.+?)\. +<!-- (\S+) -->$", re.MULTILINE)

@@ -61,7 +61,7 @@ def test_a_chart_is_drawn_into_its_box():
 
 def test_a_chart_in_words_and_as_a_table():
     assert small_chart().spoken() == "Text. s goes from 0 to 1."
-    assert small_chart().rows() == [["a", "0"], ["b", "1"], ["c", ""]]
+    assert small_chart().rows() == [["a", "0"], ["b", "1"]]  # nothing was measured at c
 
 
 def test_long_lines_are_averaged():
@@ -244,7 +244,7 @@ def test_the_kept_answers_of_a_run_give_the_accuracies_it_logged(finished):
 class Page(HTMLParser):
     """What a page is made of: every tag with its attributes in order, headings, text by tag, and the nesting checked."""
 
-    VOID = {"meta", "br", "hr", "img", "link", "input"}
+    VOID = {"meta", "br", "wbr", "hr", "img", "link", "input"}
 
     def __init__(self, text):
         super().__init__()
@@ -319,7 +319,7 @@ def test_every_plot_has_a_text_and_a_table(html):
     within = [where for tag, _, where in page.tags if tag == "table" and "figure" in where]
     assert len(within) == len(plots) and all("details" in where for where in within)
     assert "goes from" in html
-    drawn = re.findall(r'<text x="4" y="-2">(.*?)</text><text class="x" x="226" y="245">RL steps done</text>', html)
+    drawn = re.findall(r'<text x="4" y="-6">(.*?)</text><text class="x" x="226" y="245">RL steps done</text>', html)
     assert len(drawn) == len(plots) and all(drawn) and drawn.count("nats per token") == 4
 
 
@@ -347,9 +347,18 @@ def test_the_page_shows_the_run(html, finished):
     assert f"this run, test, greedy {' '.join(shown)}" in text
     for words in ("Selected:", "Best:", "Worst:", "You are ", "IOU =", "(Eq. 12)", "advantages (Eq. 13)", "A0 = ("):
         assert words in text, words
-    assert re.search(r"step [456] \([1-5] of 5 prompts new\)", text) and "step 1 0." in text  # iteration 1 has none
+    assert re.search(r"step [456] \([1-5] of 5 new\)", text) and "step 1 0." in text  # iteration 1 has none
     assert "tiny, RL steps 1 to 1" in text and "tiny, RL steps 6 to 6" in text
+    assert "prompt_sums" not in text  # no setting
     assert "checks are raised" in text and "No ablations beside this run" in text
+
+
+def test_a_group_and_its_lines_name_the_same_step_counted_from_1(html, finished):
+    """Six steps: the records say 0 to 5, the page 1 to 6."""
+    heads = re.findall(r"<h3>[^<]+: (\S+), RL step (\d)</h3>", html)
+    assert len(heads) > 2 and heads == re.findall(r"<pre>(\S+), RL step (\d), iteration", html)
+    records = [r for k in (1, 2) for r in lines(finished / "rollouts" / f"iteration-{k}.jsonl")]
+    assert {(name, int(step) - 1) for name, step in heads} <= {(r["sample_id"], r["step"]) for r in records}
 
 
 def test_an_answer_without_a_valid_output_has_a_column(finished):
@@ -482,11 +491,13 @@ FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-
          "--disable-background-networking", "--disable-component-update")  # fmt: skip
 MEASURE = """<script>addEventListener("load", () => {
 const s = e => getComputedStyle(e);
-document.querySelectorAll("details").forEach(d => d.open = true);
 const all = names => [...document.querySelectorAll(names)];
 parent.document.title = JSON.stringify({
   wide: document.documentElement.scrollWidth, view: innerWidth, page: s(document.body).backgroundColor,
   plots: all("svg.plot").map(p => Math.round(p.getBoundingClientRect().width)),
+  scrolls: all(".scroll").map(e => [e.scrollWidth > e.clientWidth, parseFloat(getComputedStyle(e, "::before").height) > 5]),
+  cut: all("caption span").filter(e => e.getBoundingClientRect().right > e.closest(".scroll").getBoundingClientRect().right)
+    .map(e => e.textContent),
   hidden: all("h2, figure, table").filter(e => !e.getClientRects().length).length}); });</script>"""
 
 
@@ -496,7 +507,8 @@ def measured(html, tmp_path, width, scheme):
     A script of the test's own, not of the page, says so in the title.
     """
     page = tmp_path / "measured.html"
-    inner = escape(re.sub(r"<meta http-equiv[^>]*>", "", html) + MEASURE)
+    opened = re.sub(r"<meta http-equiv[^>]*>", "", html).replace("<details", "<details open")
+    inner = escape(opened + MEASURE)
     frame = f'<iframe width="{width}" height="844" style="border: 0" srcdoc="{inner}"></iframe>'
     head = '<!doctype html><meta charset="utf-8"><meta name="color-scheme" content="light dark"><title>{}</title>'
     page.write_text(head + frame, encoding="utf-8")
@@ -514,3 +526,6 @@ def test_in_a_browser_it_fits_a_phone_and_a_desk_and_follows_the_colour_scheme(h
     assert desk["wide"] <= desk["view"] == 1280 and min(desk["plots"]) > 400
     assert (phone["page"], desk["page"]) == ("rgb(20, 23, 26)", "rgb(251, 250, 248)")
     assert phone["hidden"] == desk["hidden"] == 0
+    assert phone["cut"] == desk["cut"] == []  # Table 1 has a long caption, and on a phone it is wider than the screen
+    assert [True, True] in phone["scrolls"] and [False, False] in desk["scrolls"]
+    assert {scrolls == says for scrolls, says in phone["scrolls"] + desk["scrolls"]} == {True}

@@ -34,7 +34,7 @@ from engine import batches
 from engine.shards import weights
 from model import Group, Policy
 from selfemo import mini_batch
-from training import coldstart, config, folder
+from training import coldstart, config, folder, task
 from training.config import Config
 from training.folder import Learner, Position
 from training.records import ScoredGroup, sample_from_record
@@ -990,7 +990,7 @@ def poisoned(nth, *, loss_too):
 
 @pytest.mark.parametrize("loss_too", [True, False])
 def test_a_nan_stops_the_run_names_step_and_samples_and_trains_nothing(place, finished, tmp_path, monkeypatch, loss_too):
-    """Fourth forward of the RL stages: second mini-batch of step 1 (3 + 2 prompts of 3 answers: 5, 4; 5, 1 at most)."""
+    """Fourth forward of the RL stages: second mini-batch of RL step 2 (3 + 2 prompts of 3 answers: 5, 4; 5, 1 at most)."""
     out = tmp_path / "run"
     inner, calls = torch.optim.AdamW.step, itertools.count()
 
@@ -1005,7 +1005,7 @@ def test_a_nan_stops_the_run_names_step_and_samples_and_trains_nothing(place, fi
         status, _, complained = place.run(out, "--save_every", 1, "--micro_batch", 3)
     assert status == 3
     assert complained.count("\n") == 1
-    assert "RL step 1" in complained
+    assert "at RL step 2; prompts of the mini-batch" in complained
     expected = [r["sample_id"] for r in lines(finished / "rollouts/iteration-1.jsonl") if r["step"] == 1]
     assert complained.count("tiny/train/") == 3
     assert all(name in complained for name in expected[:3])
@@ -1035,6 +1035,17 @@ def test_after_a_nan_in_the_first_step_the_stage_begins_again(place, finished, t
     assert results(out) == results(finished)
 
 
+@pytest.mark.parametrize(("step", "when"), [(0, "RL step 1"), (5, "RL step 6"), (-1, "an evaluation")])
+def test_logits_that_are_no_numbers_name_the_step_counted_from_1(monkeypatch, step, when):
+    def overflow(*args, **kwargs):
+        raise FloatingPointError("logits are not finite")
+
+    monkeypatch.setattr(task, "generate", overflow)
+    monkeypatch.setattr(Task, "encode", lambda self, one: ((5,), ""))
+    with pytest.raises(task.NotFinite, match=rf"^logits are not finite at {when}; prompts: w/train/0$"):
+        task.answer(world(1), Policy(tiny()), [sample(0)], n=2, temperature=1.0, step=step)
+
+
 def test_a_model_of_nans_is_one_line(place, tmp_path):
     """Already the first evaluation finds it."""
     shutil.copytree(place.root / "base", tmp_path / "base")
@@ -1050,7 +1061,7 @@ def test_a_nan_in_supervised_fine_tuning_stops_the_run(place, tmp_path, monkeypa
     monkeypatch.setattr(coldstart, "sft_step", lambda *args: {**inner(*args), "grad_norm": math.inf})
     status, _, complained = place.run(tmp_path / "run")
     assert status == 3
-    assert "grad_norm" in complained
+    assert "grad_norm is not finite at fine-tuning step 1; " in complained
     assert complained.count("tiny/train/") == 6
 
 

@@ -81,9 +81,9 @@ def test_lines_of_rl_steps_that_go_or_come_are_found(run):
         file.write(json.dumps(more) + "\n")
     found = audited(run).problems
     assert len(found) == 3
-    assert any("step 1: 0 lines of an RL step" in problem for problem in found)
+    assert any("metrics.jsonl: RL step 2: 0 lines, there should be one" in problem for problem in found)
     assert any("rule/glory: written 1.0, but no record" in problem for problem in found)
-    assert any("step 77: no record of this RL step" in problem for problem in found)
+    assert any(": RL step 78: it has no record" in problem for problem in found)
 
 
 def valid(row):

@@ -104,11 +104,12 @@ class Chart:
         return cls(key, title, text, tuple(map(time.place, lines)), tuple(words), tuple(parts), tuple(series))
 
     def rows(self) -> list[list[str]]:
-        """The same as a table: one line per place."""
+        """The same as a table: one line per place where something was measured."""
         columns = zip(*(s.values for s in self.series), strict=True)
         return [
             [name, *("" if v is None else f"{v:.4g}" for v in values)]
             for name, values in zip(self.names, columns, strict=True)
+            if any(v is not None for v in values)
         ]
 
     def spoken(self) -> str:

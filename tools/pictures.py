@@ -14,7 +14,7 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html import escape
 from pathlib import Path
 
@@ -60,7 +60,14 @@ ACCURACY, IOU = {"eval/toy/acc": "Accuracy on dev, greedy"}, {"eval/toy/iou": "I
 REWARD, RULE = {"reward/mean": "Reward (Eq. 8)"}, {"rule/rate": "Answers that keep the rule"}
 CORE = {"consistency/core_on_gold": "Consensus on gold"}
 AGREE, ENTRIES = {"consistency/mean": "Consistency (Eq. 12)"}, {"answer/entries": "Emotions an answer"}
-ENTROPY = {"policy/entropy": "Token entropy, nats"}
+ENTROPY = {"policy/entropy": "Token entropy"}
+UNITS = {  # what the upright axis of a metric counts
+    "eval/toy/acc": "share of samples", "eval/toy/iou": "IOU", "reward/mean": "reward", "rule/rate": "share of answers",
+    "consistency/core_on_gold": "share of groups", "consistency/mean": "consistency", "answer/entries": "emotions",
+    "policy/entropy": "nats per token", "answer/min_share": "share of weight", "consistency/zero_std": "share of groups",
+    "answer/truncated": "share of answers", "answer/tokens": "tokens", "reward/zero_std": "share of groups",
+    "grad_norm": "norm", "ratio/max": "ratio", "policy/kl": "nats per token", "answer/top_emotion": "share of answers",
+}  # fmt: skip
 PICTURES = (
     Picture(
         "learning", "Accuracy on dev of the toy, three seeds", {"SELF-EMO": TOY, "control: RL rate 0": CONTROL},
@@ -89,11 +96,11 @@ PICTURES = (
     ),
     Picture(
         "rate", "A learning rate that is too high", {"rate 3e-3": ("hot",), "rate 3e-4": ("one",)},
-        {"ratio/max": "Largest ratio", "policy/kl": "KL to the reference, nats"} | RULE | REWARD | ENTROPY | ACCURACY,
+        {"ratio/max": "Largest ratio", "policy/kl": "KL to the reference"} | RULE | REWARD | ENTROPY | ACCURACY,
     ),
     Picture(
         "smollm2", "SmolLM2-135M on MELD and EmoryNLP", {"SELF-GRPO": ("smollm2-self",), "GRPO": ("smollm2-plain",)},
-        RULE | REWARD | {"answer/top_emotion": "Emotion named most, share"}
+        RULE | REWARD | {"answer/top_emotion": "Emotion named most"}
         | {"reward/zero_std": "Groups of equal reward"} | ENTROPY | {"answer/tokens": "Tokens an answer"},
     ),
 )  # fmt: skip
@@ -121,7 +128,8 @@ def chart(picture: Picture, metric: str, runs: Mapping[str, Record]) -> Chart:
     series += [Series(f"{name}, one seed", row) for name, rows in each.items() if len(rows) > 1 for row in rows]
     series += [Series(name, (value,) * len(lines)) for name, value in picture.levels.items()]
     title = metric if len(picture.panels) > 1 else ""
-    return Chart.over_time(metric, title, picture.panels[metric], lines, series, picture.timeline(runs))
+    found = Chart.over_time(metric, title, picture.panels[metric], lines, series, picture.timeline(runs))
+    return replace(found, unit=UNITS.get(metric, metric))
 
 
 def values(run: Record, metric: str, lines: Sequence[Record]) -> tuple[float | None, ...]:
@@ -139,7 +147,7 @@ def curves_svg(picture: Picture, runs: Mapping[str, Record]) -> str:
     drawings = [draw(chart(picture, metric, runs), picture.timeline(runs)) for metric in picture.panels]
     names = [*picture.runs, *picture.levels]
     panels = [curves_panel(drawing, names, len(picture.runs)) for drawing in drawings]
-    return sheet(picture.title, names, panels, " ".join(drawing.chart.spoken() for drawing in drawings))
+    return sheet(picture.title, names, panels, " ".join(drawing.chart.spoken() for drawing in drawings), above=15, below=12)
 
 
 def curves_panel(drawing: Drawing, names: Sequence[str], runs: int) -> list[str]:
@@ -153,9 +161,11 @@ def curves_panel(drawing: Drawing, names: Sequence[str], runs: int) -> list[str]
     out += grid(drawing.y_ticks)
     for x, name in drawing.x_ticks:
         out.append(f'<text class="x" x="{x}" y="{bottom + 24}">{name}</text>')
-    out.append(f'<text class="h" x="{LEFT}" y="{ceiling - 9}">{escape(chart.text)}</text>')
+    out.append(f'<text class="x" x="{(LEFT + RIGHT) / 2:g}" y="{bottom + 37}">RL steps done</text>')
+    out.append(f'<text x="8" y="{ceiling - 9}">{escape(chart.unit)}</text>')
+    out.append(f'<text class="h" x="{LEFT}" y="{ceiling - 25}">{escape(chart.text)}</text>')
     if chart.title:
-        out.append(f'<text class="y m" x="{RIGHT}" y="{ceiling - 9}">{escape(chart.title)}</text>')
+        out.append(f'<text class="y m" x="{RIGHT}" y="{ceiling - 25}">{escape(chart.title)}</text>')
     for line in reversed(drawing.lines):  # the main ones on top
         name = line.name.removesuffix(", one seed")
         kind = "thin" if name != line.name else "level" if names.index(name) >= runs else ""
@@ -272,13 +282,15 @@ polyline { fill: none; stroke: currentColor; stroke-width: 2.2; stroke-linejoin:
 """
 
 
-def sheet(title: str, names: Sequence[str], panels: Sequence[Sequence[str]], said: str) -> str:
-    """A whole SVG of panels, two per row, under one key of all lines."""
-    columns = min(2, len(panels))
+def sheet(
+    title: str, names: Sequence[str], panels: Sequence[Sequence[str]], said: str, *, above: int = 0, below: int = 0
+) -> str:
+    """A whole SVG of panels, two per row, under one key of all lines. `above`, `below`: more room for each panel."""
+    columns, height = min(2, len(panels)), above + HEIGHT + below
     out, top = legend(names, columns * WIDTH)
     for i, panel in enumerate(panels):
-        out += [f'<g transform="translate({i % columns * WIDTH} {top + i // columns * HEIGHT})">', *panel, "</g>"]
-    return page(title, said, columns * WIDTH, top + HEIGHT * math.ceil(len(panels) / columns), out)
+        out += [f'<g transform="translate({i % columns * WIDTH} {top + above + i // columns * height})">', *panel, "</g>"]
+    return page(title, said, columns * WIDTH, top + height * math.ceil(len(panels) / columns), out)
 
 
 def page(title: str, said: str, width: int, height: int, parts: Sequence[str]) -> str:

@@ -76,7 +76,7 @@ def replay(run: Path, sample_id: str) -> tuple[Record, Record]:
             sampled_N = old_BT.new_tensor([x for g in part for a in g.answers for x in a.logprobs])
             gap = max(gap, (answer_tokens(old_BT, part) - sampled_N).abs().max().item())
         if gap > GAP:
-            raise UserError(f"{run}: the replay leaves the run at step {step}: a log-prob differs by {gap:.2g}")
+            raise UserError(f"{run}: the replay leaves the run at RL step {step + 1}: a log-prob differs by {gap:.2g}")
         for number, (part, (old_BT, ref_BT)) in enumerate(zip(parts, before, strict=True)):
             if sample_id in (g.sample.id for g in part):
                 record = next(r for r in group_records if r["sample_id"] == sample_id)

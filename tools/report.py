@@ -50,7 +50,7 @@ class Report:
 
 def temperatures(config: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(mark in metric names, in words) of every temperature of an evaluation; the first one has no mark."""
-    words = [(f"@{t:g}", f"T = {t:g}" if t else "greedy") for t in config["eval_temperatures"]]
+    words = [(f"@{t:g}", f"T\u00a0=\u00a0{t:g}" if t else "greedy") for t in config["eval_temperatures"]]
     return [("", words[0][1]), *words[1:]]
 
 
@@ -81,7 +81,7 @@ def learning(config: Record, evals: Lines, rl: Lines, time: Timeline) -> Iterato
     names = {"reward/original": "original prompts", "reward/synthetic": "new samples", "reward/acc": "accuracy, all"}
     text = "Mean reward (Eq. 8) of the answers of each RL step, and the share whose heaviest emotion is the gold one."
     found, P = chart("reward", "Reward in training", "reward, share", text, names, rl, time), config["batch_prompts"]
-    counts = [f" ({n} of {P} prompts new)" if (n := new_prompts(line, P)) else "" for line in rl]
+    counts = [f" ({n} of {P} new)" if (n := new_prompts(line, P)) else "" for line in rl]
     yield replace(found, names=tuple(map("".join, zip(found.names, counts, strict=True))))
 
 
@@ -331,7 +331,8 @@ def groups(run: Path, rollouts: Rollouts) -> list[Record]:
 def settings(config: Record) -> list[list[str]]:
     """Every setting beside the paper's value: those that differ first."""
     paper = json.loads(json.dumps(asdict(PRESETS["paper"])))
-    rows = [[k, shown(v), shown(paper.get(k, ""))] for k, v in config.items() if k not in ("versions", "S", "T", "resume")]
+    own = {k: v for k, v in config.items() if k not in ("versions", "S", "T", "resume", "prompt_sums")}
+    rows = [[k, shown(v), shown(paper.get(k, ""))] for k, v in own.items()]
     return sorted(rows, key=lambda row: row[1] == row[2])
 
 

@@ -132,7 +132,7 @@ def sft(run: Run, task: Task, policy: Policy, stage: int, examples: Sequence[Exa
     for step, learner in stage_steps(run, policy, stage, math.ceil(len(order) / cfg.sft_batch), make, cfg.save_every):
         batch = order[step * cfg.sft_batch : (step + 1) * cfg.sft_batch]
         values = sft_step(policy, learner, batch, cfg)
-        check_finite(values, step, [x.sample_id for x in batch])
+        check_finite(values, f"fine-tuning step {step + 1}", [x.sample_id for x in batch])
         learner.apply()
         run.count_update()
         run.log("sft", stage // 2, values, step)
@@ -157,8 +157,8 @@ def adamw(policy: Policy, lr: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(policy.parameters(), lr=lr, **ADAMW)
 
 
-def check_finite(values: Mapping[str, float], t: int, ids: Sequence[str]) -> None:
+def check_finite(values: Mapping[str, float], when: str, ids: Sequence[str]) -> None:
     """Raise `NotFinite` before the optimizer would train on a NaN or an infinity."""
     bad = [name for name, value in values.items() if not math.isfinite(value)]
     if bad:
-        raise NotFinite(f"{', '.join(bad)} is not finite at RL step {t}; prompts of the mini-batch: {', '.join(ids)}")
+        raise NotFinite(f"{', '.join(bad)} is not finite at {when}; prompts of the mini-batch: {', '.join(ids)}")

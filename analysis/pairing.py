@@ -12,7 +12,6 @@ from pathlib import Path
 
 import data
 from analysis.audit import rollouts
-from analysis.totals import rl_step
 from common.draws import shuffled, stable_hash
 from common.errors import UserError
 from common.files import Record, read_json, read_lines
@@ -71,11 +70,10 @@ def drawn(record: Record, samples: Mapping[str, Sample], seed: int) -> Said | No
     if name not in samples:
         raise UserError(f"{name} is not in the data of this run: say with --data NAME=DIR where that is now")
     answer = valid[stable_hash(f"{seed}/judge/{record['step']}/{name}") % len(valid)]
-    where = f"{name}, {rl_step(record['step'])}, answer {answer['index']}"
     output = data.parse_output(answer["text"], record["labels"], finished=answer["finished"])
     if isinstance(output, Failure):
-        raise UserError(f"{where} is not what the run read: see its audit")
-    return Said(where, samples[name], output)
+        raise UserError(f"{name}, step {record['step']}, answer {answer['index']} is not what the run read: see its audit")
+    return Said(f"{name}, step {record['step']}, answer {answer['index']}", samples[name], output)
 
 
 MATCHES: Mapping[str, Callable[[Sample], object]] = {

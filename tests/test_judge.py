@@ -168,7 +168,7 @@ def test_an_answer_is_drawn_among_the_valid_ones():
     record = {"step": 7, "sample_id": "world/train/d0/1", "labels": ["joy"], "answers": answers}
     known = {"world/train/d0/1": sample()}
     found = pairing.drawn(record, known, 0)
-    assert (found.where, found.output.my_output) == ("world/train/d0/1, RL step 8, answer 2", "Yes.")
+    assert (found.where, found.output.my_output) == ("world/train/d0/1, step 7, answer 2", "Yes.")
     assert pairing.drawn({**record, "answers": answers[:2]}, known, 0) is None
     with pytest.raises(UserError, match="--data NAME=DIR"):
         pairing.drawn(record, {}, 0)

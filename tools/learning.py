@@ -142,16 +142,16 @@ def rewards_of(task: Task, samples: Sequence[str], answers: Sequence[Sequence[in
 
 
 def panels(sides: Mapping[str, Sequence[Record]]) -> dict[str, Points]:
-    """Every score over RL steps: heading -> side -> (step, values of all seeds)."""
+    """Every score over RL steps: heading -> side -> (step, values of all seeds), at the steps that have it."""
     first = next(record for records in sides.values() for record in records)
     names = next(iter(first["points"].values()))
     found: dict[str, Points] = {}
     for name in names:
         lines = {}
         for side, records in sides.items():
-            steps = sorted({int(step) for record in records for step in record["points"]})
-            by_step = [{int(step): values for step, values in record["points"].items()} for record in records]
-            lines[side] = [(float(step), [points[step][name] for points in by_step if step in points]) for step in steps]
+            taken = [{int(step): values for step, values in record["points"].items() if name in values} for record in records]
+            steps = sorted({step for points in taken for step in points})
+            lines[side] = [(float(step), [points[step][name] for points in taken if step in points]) for step in steps]
         label, _, score = name.partition("/")
         how = f", T = {label.partition('@')[2]}" if "@" in label else ", greedy"
         found[f"{'Accuracy' if score == 'acc' else 'IOU'} on dev{how}"] = lines

@@ -149,7 +149,7 @@ def panels(sides: Mapping[str, Sequence[Record]]) -> dict[str, Points]:
     for name in names:
         lines = {}
         for side, records in sides.items():
-            taken = [{int(step): values for step, values in record["points"].items() if name in values} for record in records]
+            taken = [{int(step): own for step, own in record["points"].items() if name in own} for record in records]
             steps = sorted({step for points in taken for step in points})
             lines[side] = [(float(step), [points[step][name] for points in taken if step in points]) for step in steps]
         label, _, score = name.partition("/")

@@ -142,18 +142,15 @@ def rewards_of(task: Task, samples: Sequence[str], answers: Sequence[Sequence[in
 
 
 def panels(sides: Mapping[str, Sequence[Record]]) -> dict[str, Points]:
-    """Every score over RL steps: heading -> side -> (step, values of all seeds), at the steps that have it."""
-    first = next(record for records in sides.values() for record in records)
-    names = next(iter(first["points"].values()))
+    """Every score over RL steps: heading -> side -> (step, values of all seeds), at the steps at which every run has it."""
+    taken = {side: [{int(k): own for k, own in r["points"].items()} for r in records] for side, records in sides.items()}
+    runs = [run for own in taken.values() for run in own]
     found: dict[str, Points] = {}
-    for name in names:
-        lines = {}
-        for side, records in sides.items():
-            taken = [{int(step): own for step, own in record["points"].items() if name in own} for record in records]
-            steps = sorted({step for points in taken for step in points})
-            lines[side] = [(float(step), [points[step][name] for points in taken if step in points]) for step in steps]
+    for name in runs[0][0]:
+        steps = sorted(set.intersection(*({step for step, own in run.items() if name in own} for run in runs)))
         label, _, score = name.partition("/")
         how = f", T = {label.partition('@')[2]}" if "@" in label else ", greedy"
+        lines = {side: [(float(k), [run[k][name] for run in own]) for k in steps] for side, own in taken.items()}
         found[f"{'Accuracy' if score == 'acc' else 'IOU'} on dev{how}"] = lines
     return found
 

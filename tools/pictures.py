@@ -59,7 +59,7 @@ CONTROL = ("control-0", "control-1", "control-2")
 ACCURACY, IOU = {"eval/toy/acc": "Accuracy on dev, greedy"}, {"eval/toy/iou": "IOU on dev, greedy"}
 REWARD, RULE = {"reward/mean": "Reward (Eq. 8)"}, {"rule/rate": "Answers that keep the rule"}
 CORE = {"consistency/core_on_gold": "Consensus on gold"}
-AGREE, ENTRIES = {"consistency/mean": "Consistency (Eq. 12)"}, {"answer/entries": "Emotions an answer"}
+AGREE, ENTRIES = {"consistency/mean": "Consistency (Eq. 12)"}, {"answer/entries": "Emotions per answer"}
 ENTROPY = {"policy/entropy": "Token entropy"}
 UNITS = {  # what the upright axis of a metric counts
     "eval/toy/acc": "share of samples", "eval/toy/iou": "IOU", "reward/mean": "reward", "rule/rate": "share of answers",
@@ -88,7 +88,7 @@ PICTURES = (
     ),
     Picture(
         "truncation", "Truncation", {"31 tokens": ("limit-31",), "36 tokens": ("limit-36",), "80 tokens": ("one",)},
-        {"answer/truncated": "Answers cut off", "answer/tokens": "Tokens an answer"} | ENTRIES | RULE | REWARD | ACCURACY,
+        {"answer/truncated": "Answers cut off", "answer/tokens": "Tokens per answer"} | ENTRIES | RULE | REWARD | ACCURACY,
     ),
     Picture(
         "variance", "Zero variance", {"temperature 0.05": ("cold",), "temperature 1": ("one",)},
@@ -101,7 +101,7 @@ PICTURES = (
     Picture(
         "smollm2", "SmolLM2-135M on MELD and EmoryNLP", {"SELF-GRPO": ("smollm2-self",), "GRPO": ("smollm2-plain",)},
         RULE | REWARD | {"answer/top_emotion": "Emotion named most"}
-        | {"reward/zero_std": "Groups of equal reward"} | ENTROPY | {"answer/tokens": "Tokens an answer"},
+        | {"reward/zero_std": "Groups of equal reward"} | ENTROPY | {"answer/tokens": "Tokens per answer"},
     ),
 )  # fmt: skip
 

@@ -54,7 +54,7 @@ class Setting:
     why: str = ""
 
 
-BIAS = "TRL's default multiplies each token's KL by its ratio; ours, as Table 12's stack, does not"
+BIAS = "TRL's default multiplies each token's KL by its ratio; ours, as VeRL, which the paper trains with, does not"
 LENGTH = "TRL divides the log-ratio of a sequence by its length; Eq. 14 does not"
 MEANS = "TRL's bnpo takes the mean of each micro-batch, then the mean of these"
 SETTINGS = (

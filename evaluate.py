@@ -1,7 +1,7 @@
 """Scores of a model (Table 1), evaluation inside a run (Figs. 5, 6), and the commands about models and finished runs.
 
     python evaluate.py score --model DIR --data meld=data/meld [--data ...] --split test
-    python evaluate.py judge RUN --early 1-10 --late 11-20 --judge URL --judge_name NAME
+    python evaluate.py judge RUN --early 0-9 --late 10-19 --judge URL --judge_name NAME
     python evaluate.py personas --run RUN [--plot FILE.svg]
     python evaluate.py audit RUN [--show SAMPLE_ID]
     python evaluate.py try MODEL < DIALOGUE

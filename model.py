@@ -404,7 +404,7 @@ def check_sharing(policy: Policy) -> None:
 
 
 def check_close(policy: Policy, plain: Any, groups: Sequence[Group], within: float) -> None:
-    """Raise `Unlike` unless log-probs are within so many nats of those of `plain`, which sees every answer alone.
+    """Raise `Unlike` unless log-probs are at most `within` nats from those of `plain`, which sees answers one by one.
 
     NaN counts as equal to NaN.
     """

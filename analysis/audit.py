@@ -327,7 +327,8 @@ def order(records: Iterable[tuple[str, Record]], config: Record) -> Iterator[str
             after = f"follows {rl_step(last[0])} with weights {last[1]}" if last[0] >= 0 else "comes first"
             yield f"{where}: step: {rl_step(step)} with weights {version} {after}"
         if not where.startswith(f"iteration-{iteration}.jsonl:") or step // config["S"] != iteration - 1:
-            yield f"{where}: iteration: {iteration}, but {rl_step(step)} belongs to {step // config['S'] + 1}"
+            home = f"iteration-{step // config['S'] + 1}.jsonl"
+            yield f"{where}: iteration: {iteration}, but {rl_step(step)} belongs to {home}"
         last = (step, version)
         groups[step] += 1
     for step, found in groups.items():

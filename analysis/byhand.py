@@ -202,8 +202,9 @@ def advantages(record: Record) -> Iterator[str]:
     )
     yield para(*(f"- {symbol}: {deviation(values)}" for symbol, values in (("r", r), ("r2", r2))))
     yield para(
-        f"The second reward weighs lambda = t/T = **{number(record['lam'])}** at this step (D7). {STD_EPS:f} is added "
-        "to both deviations; where all values of a group are equal the term is exactly 0."
+        f"The second reward weighs lambda = t/T = **{number(record['lam'])}** at this step; t counts the RL steps done "
+        f"before it (D7). {STD_EPS:f} is added to both deviations; where all values of a group are equal the term is "
+        "exactly 0."
     )
     head = ["answer", "r", "(r - mean) / deviation", "r2", "(r2 - mean) / deviation", "A"]
     names, bold = [f"A{i}" for i in range(len(answers))], [f"**{number(a)}**" for a in A]

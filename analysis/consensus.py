@@ -35,8 +35,8 @@ NAMES: Mapping[str, str] = {
 def consensus(run: Path) -> dict[str, float]:
     """The shares that `NAMES` names, over all groups that a run recorded. Raises `UserError` where run or data are missing.
 
-    Gold is that of the data without --label_noise. New samples have none but what the model said: they count for `order` and
-    `reversed` alone.
+    Gold is that of the data, or of --gold, without --label_noise. New samples have none but what the model said: they
+    count for `order`, `reversed` and `several` alone.
     """
     cfg = replace(of_run(read_json(run / "config.json")), label_noise=0.0)
     found = read_samples(cfg, pairs("data", cfg.data))
@@ -48,7 +48,7 @@ def shares(records: Sequence[Record], clean: Mapping[str, Weights]) -> dict[str,
     original = [(set(r["core"]), heaviest(r["core"]), r, clean[r["sample_id"]]) for r in records if not r["depth"]]
     wrong = [heaviest(r["gold"]) != heaviest(gold) for _, _, r, gold in original]
     right = [top == heaviest(gold) for _, top, _, gold in original]
-    opposed = [pair for r in records if not r["depth"] for pair in right_and_wrong(r, heaviest(clean[r["sample_id"]]))]
+    opposed = [pair for _, _, r, gold in original for pair in right_and_wrong(r, heaviest(gold))]
     alike = [(a, b) for a, b in opposed if named(a) == named(b)]
     return {
         "order": mean(any(a != b for a, b in orders(r)) for r in records),

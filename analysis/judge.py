@@ -182,7 +182,7 @@ def table(rows: Sequence[Record], seed: int) -> tuple[str, list[dict[str, Any]]]
 class JudgeCommand:
     """What is compared, by whom, and where the verdicts go."""
 
-    early: str  # Step, or FIRST-LAST, of RUN; without RUN, the folder of a model.
+    early: str  # Step, or FIRST-LAST, of RUN, from 0 as in rollouts/; without RUN, the folder of a model.
     late: str  # The later answers, named in the same way.
     judge: Pairs  # Endpoint (https://host/v1) or Hugging Face folder; repeatable. Judges are greedy.
     run: tyro.conf.Positional[Path | None] = None  # Folder of a run.

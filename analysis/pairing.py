@@ -12,6 +12,7 @@ from pathlib import Path
 
 import data
 from analysis.audit import rollouts
+from analysis.totals import rl_step
 from common.draws import shuffled, stable_hash
 from common.errors import UserError
 from common.files import Record, read_json, read_lines
@@ -72,7 +73,8 @@ def drawn(record: Record, samples: Mapping[str, Sample], seed: int) -> Said | No
     answer = valid[stable_hash(f"{seed}/judge/{record['step']}/{name}") % len(valid)]
     output = data.parse_output(answer["text"], record["labels"], finished=answer["finished"])
     if isinstance(output, Failure):
-        raise UserError(f"{name}, step {record['step']}, answer {answer['index']} is not what the run read: see its audit")
+        where = f"{name}, {rl_step(record['step'])}, answer {answer['index']}"
+        raise UserError(f"{where} is not what the run read: see its audit")
     return Said(f"{name}, step {record['step']}, answer {answer['index']}", samples[name], output)
 
 

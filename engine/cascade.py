@@ -1,4 +1,4 @@
-"""Training attention without a mask: computes what `model.GroupLayout` computes by two calls of a GPU's fast kernels.
+"""Training attention without a mask: the result of `model.GroupLayout`, by two calls of a GPU's fast kernels.
 
 A kernel here is a library's attention function that takes pieces of different lengths. A query of an answer sees two sets of
 keys that have none in common: its own answer so far, and its whole prompt. One call lets every prompt and every answer
@@ -8,10 +8,10 @@ log-sum-exp lse, the log of the sum of exp(scores) over its keys. They are merge
 
     lse = logaddexp(lse_own, lse_prompt)        o = exp(lse_own - lse) o_own + exp(lse_prompt - lse) o_prompt
 
-Backward: the weight of key j for query i, over both sets, is exp(s_ij - lse), where s_ij is the score. Beside these weights
-and what comes in, the gradients need only the merged o. So the backward of each call, given the merged o and lse, returns
-exactly its part of the gradients. Autograd must not do the merge: these kernels pass no gradient through lse, and give no
-warning, so dq and dk would be wrong by as much as their own size.
+Backward: the weight of key j for query i, over both sets, is exp(s_ij - lse), where s_ij is the score. Beside these weights,
+q, k, v and the incoming gradient, the gradients need only the merged o. So the backward of each call, given the merged o
+and lse, returns exactly its part of the gradients. Autograd must not do the merge: these kernels pass no gradient through
+lse, and give no warning, so dq and dk would be wrong by as much as their own size.
 
 Shapes: N tokens of the stream, the first L of prompts, H query heads, K key/value heads, G = H / K, D head width. One
 call has X queries and Y keys.

@@ -112,7 +112,7 @@ class Recorder:
     """`step`, recorded once per shape. Rows are filled up to a multiple of ROWS, groups to the capacity of the cache.
 
     The rows that fill up write their keys and values into places of the cache that are not in use. A recording reads fixed
-    addresses, so all of them are dropped when the cache's tensors move.
+    addresses, so all recordings are dropped when the cache's tensors move.
     """
 
     step: Step

@@ -78,9 +78,9 @@ def sharded(
 ) -> ShardedPolicy:
     """A policy with uninitialised weights in shards. It is built on the meta device, so no rank ever holds the whole.
 
-    FSDP gathers the weights of one block (transformer layer) at a time, and together those of the rest: embeddings, norm and
-    head, which may be tied. Gradients are summed in the type `storage`. On several nodes every node holds all shards, which
-    PyTorch calls HSDP.
+    FSDP gathers the weights of one block (transformer layer) at a time, and those of the rest (embeddings, norm and head,
+    which may be tied) as one. Gradients are summed in the type `storage`. On several nodes every node holds all shards,
+    which PyTorch calls HSDP.
     """
     policy = ShardedPolicy(on_meta(config, storage), layout_for(kernels_for(config, compute, where)))
     precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=storage)

@@ -212,7 +212,7 @@ def any_rank(flag: bool) -> bool:
 
 
 def divide(costs: Sequence[float], ranks: int) -> list[list[int]]:
-    """Indices divided among ranks: their numbers differ by one at most, their sums of costs by little.
+    """Indices divided among ranks, which differ by one index at most, and by little in the sum of costs.
 
     The costliest are dealt first, like cards, from left to right and then from right to left. So at any time the ranks are
     busy with work of like cost.

@@ -61,7 +61,7 @@ def write(path: Path, text: str) -> None:
 
 
 def intact(folder: Path) -> Path:
-    """The folder that `save_parts` wrote, if its files have their SHA-256 sums. Every rank must call this; they divide them.
+    """The folder that `save_parts` wrote, if its files have their SHA-256 sums. All ranks must call it, to divide the files.
 
     Raises `UserError` for a file that is not what was written.
     """

@@ -53,7 +53,7 @@ def test_the_bounds_are_those_that_were_asked_for(small):
         ("draws", "weight 0", "= 0"), ("sampler", "mean gap", "< 0.02"), ("sampler", "largest gap", "< 0.3"),
         ("graphs", "differ from eager steps", "= 0"), ("graphs", "captures", "= 4"), ("ranks", "one killed", "< 60"),
         ("plan", "off the plan", "<= 0.1"),
-        ("pace", "waits a step", "<= 1"), ("pace", "share of time the GPU works", "> 0.8"),
+        ("pace", "waits per step", "<= 1"), ("pace", "share of time the GPU works", "> 0.8"),
     ]  # fmt: skip
     for check, what, bound in expected:
         claims = {r["expected"] for r in found["rows"] if r["check"] == check and what in r["what"]}

@@ -308,7 +308,7 @@ def test_steps_must_follow_each_other(tmp_path):
     assert any("RL step 2: 1 groups, the config says 2" in p for p in problems(tmp_path, [[kept, rule], [low]], BUFFER))
     assert any("RL step 1: 3 groups" in p for p in problems(tmp_path, [[kept, rule, rule], [low, label]], BUFFER))
     mixed = problems(tmp_path, [[kept, rule, low, label], []], BUFFER)
-    assert any("iteration-1.jsonl:3: iteration: 2, but RL step 2 belongs to 2" in p for p in mixed)
+    assert any("iteration-1.jsonl:3: iteration: 2, but RL step 2 belongs to iteration-2.jsonl" in p for p in mixed)
     swapped = problems(tmp_path, [[low, label], [kept, rule]], BUFFER)
     assert any("iteration-2.jsonl:1: step: RL step 1 with weights 0 follows RL step 2 with weights 7" in p for p in swapped)
     stale = rehashed({**low, "weights_version": 0}), rehashed({**label, "weights_version": 0})

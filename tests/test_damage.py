@@ -222,7 +222,7 @@ def test_the_other_readers_of_a_run_look_too(copy):
     raw = path.read_bytes()
     try:
         path.write_bytes(flipped(raw, len(raw) // 2))
-        for read in (lambda: recorded(copy, "1", "2"), lambda: personas_command(PersonasCommand(run=copy))):
+        for read in (lambda: recorded(copy, "0", "1"), lambda: personas_command(PersonasCommand(run=copy))):
             with pytest.raises(UserError, match="iteration-1.jsonl is not what the run wrote"):
                 read()
     finally:

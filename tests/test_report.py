@@ -338,7 +338,8 @@ def test_the_page_shows_the_run(html, finished):
     text = " ".join("".join(Page(html).text).split())
     config = json.loads((finished / "config.json").read_text())
     assert "preset paper, seed 0" in text and text.count(": finished.") == 1
-    assert f"2 iterations of 3 RL steps (6 in all), 5 prompts a step, 3 answers a prompt; data {config['data'][0]}" in text
+    assert "2 iterations of 3 RL steps (6 in all), 5 prompts per step, 3 answers per prompt;" in text
+    assert f"data {config['data'][0]}" in text
     assert "6 of 6 30 groups, 90 answers" in text
     kept = len(lines(finished / "buffer.jsonl"))
     assert f"new samples {kept} kept answers" in text

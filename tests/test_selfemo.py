@@ -818,15 +818,26 @@ def test_a_run_is_scored_on_dev_and_its_end_once_on_test(monkeypatch, tmp_path):
     assert seen == [*on_dev, ("test", "test", greedy, test)]
 
 
-def test_between_steps_only_the_first_temperature_is_tried(place, tmp_path):
-    """Evaluations between steps draw a curve: dev at one temperature is enough, in a quarter of the time."""
-    out = tmp_path / "run"
+def test_between_steps_only_the_first_temperature_is_tried(monkeypatch, place, tmp_path):
+    """Evaluations between steps draw a curve: dev at one temperature is enough, in a quarter of the time.
+
+    Entropies are those of the answers at the first temperature, wherever there are two.
+    """
+    out, measured = tmp_path / "run", []
+
+    def entropies(task, policy, samples, answers, prefix):
+        measured.extend((prefix.removesuffix("/entropy/"), answer.text) for answer in answers)
+        return {}
+
+    monkeypatch.setattr(evaluate, "task_entropies", entropies)
     argv = place.argv(out, "--iterations", 1, "--steps", 2, "--eval_every", 1)
     assert call([*argv, "--eval_temperatures", "0", "1"])[0] == 0
     found = {m["when"]: m for m in lines(out / "metrics.jsonl") if m["phase"] == "eval"}
     for part in ("@1/acc", "eval/selfemo/"):
         without = [when for when, m in found.items() if when != "test" and not any(part in name for name in m)]
         assert set(without) - {"start"} == {"after step 1"}
+    rows = [row for path in sorted((out / "evaluations").iterdir()) for row in lines(path)]
+    assert measured == [(row["set"], row["text"]) for row in rows if "@" not in row["set"]] and len(measured) < len(rows)
 
 
 def test_d6_kl_is_0_at_the_first_step_of_every_iteration_only(finished):
@@ -1035,7 +1046,10 @@ def test_after_a_nan_in_the_first_step_the_stage_begins_again(place, finished, t
     assert results(out) == results(finished)
 
 
-@pytest.mark.parametrize(("step", "when"), [(0, "RL step 1"), (5, "RL step 6"), (-1, "an evaluation")])
+STAGES = [(0, "RL step 1"), (5, "RL step 6"), (task.EVALUATION, "an evaluation"), (task.COLD_START, "the cold start")]
+
+
+@pytest.mark.parametrize(("step", "when"), STAGES)
 def test_logits_that_are_no_numbers_name_the_step_counted_from_1(monkeypatch, step, when):
     def overflow(*args, **kwargs):
         raise FloatingPointError("logits are not finite")

@@ -102,7 +102,7 @@ def table_rows(samples: int, soft: bool, gold: Path, expert: Sequence[str]) -> l
         Row("fewer_originals", f"{fewer} originals", ("--originals", str(fewer))),
         Row("few_synthetic", f"at most {few} synthetic", ("--max_synthetic", str(few))),
         Row("from_base", "retrain from base", ("--retrain_from", "base")),
-        Row("sequence_ratio", "one ratio a sequence", ("--ratio", "sequence")),
+        Row("sequence_ratio", "one ratio per sequence", ("--ratio", "sequence")),
         Row("one_hot", "one-hot gold", ("--gold", str(gold)), one_hot),
     ]
 

@@ -82,7 +82,7 @@ class Series:
 class Chart:
     """What a chart shows, before it has a size: places on the time axis with their names, and lines over them.
 
-    `parts`: one number a place; a line is not drawn between places of different parts.
+    `parts`: one number per place; a line is not drawn between places of different parts.
     """
 
     id: str

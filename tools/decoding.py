@@ -224,7 +224,7 @@ def pace_rows(what: str, policy: Policy, rows: int, speed: float) -> Iterator[Ro
         found = pace_of(partial(rollout_of, policy, prompts, n, record), device, short, long)
         rate = n * many / found.seconds
         clock, share = "" if gpu else NO_CLOCK, f"{100 * rate / bound:.0f} % of the bound"
-        yield row(f"{what}, {how}: waits a step", found.waits, "<=", 1, skip="" if gpu else NO_WAIT)
+        yield row(f"{what}, {how}: waits per step", found.waits, "<=", 1, skip="" if gpu else NO_WAIT)
         if how == "graphs":
             yield row(f"{what}, {how}: share of time the GPU works", found.busy / found.seconds, ">", 0.8, skip=clock)
         yield row(f"{what}, {how}: tokens/s", rate, "<=", bound, note=share, skip=clock)

@@ -4,7 +4,7 @@
 
 Eq. 8 is the reward, lambda is 0, there is no self-play and no cold start; rate, clip range, beta, mini-batches, optimizer
 and clipping of gradients are the same. Every few RL steps both models answer dev as in our own runs. The same command goes
-on where it was stopped. DIR/learning.json has all numbers, DIR/learning.svg the curves with 95 % t intervals over seeds.
+on where it was stopped. OUT/learning.json has all numbers, OUT/learning.svg the curves with 95 % t intervals over seeds.
 """
 
 import contextlib
@@ -162,9 +162,10 @@ def title(side: str, records: Sequence[Record]) -> str:
 
 
 def table(sides: Mapping[str, Sequence[Record]]) -> list[list[str]]:
-    """Scores in per cent at the first and the last evaluation, means over seeds, and what parts two sides.
+    """Scores in per cent at the first and the last evaluation, means over seeds, and how far two sides lie apart.
 
     The last line is the first side less the second, seed by seed, with its 95 % t interval; seeds share prompts and order.
+    It is left out where the sides have not as many seeds.
     """
     found = panels(sides)
     lines = [["", "seeds", *(f"{heading} {when}" for heading in found for when in ("first", "last"))]]

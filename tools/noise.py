@@ -139,7 +139,7 @@ PANELS = ("order", "right_by_reward", "right_by_consistency", "right_by_vote")
 
 
 def picture(records: Sequence[Numbers]) -> str:
-    """Test scores and what the consensus did over the share of wrong labels, a line per side."""
+    """Test scores and what the consensus did over the share of wrong labels, one line per side."""
     known = {record["name"]: record for record in records}
     panels: dict[str, Points] = {}
     for heading, name in (score_names(records) | {NAMES[name]: f"consensus/{name}" for name in PANELS}).items():

@@ -36,7 +36,7 @@ DROPPED = re.compile(
 
 @dataclass(frozen=True)
 class Picture:
-    """One SVG: panels side by side, a metric each, with the same lines in all.
+    """One SVG: panels side by side, one metric in each, with the same lines in all.
 
     `runs`: what a line is called -> the runs it is the mean of; several are also drawn one by one, thin.
     `levels`: horizontal lines in all panels.

@@ -75,7 +75,8 @@ def gold_sft(root: Annotated[Path, tyro.conf.Positional] = Path("data/toy"), see
 def soft_gold(file: tyro.conf.Positional[Path], root: Annotated[Path, tyro.conf.Positional] = Path("data/toy")) -> None:
     """Write the softest gold of the toy: for each training sample the mean of its gold and what the surface reader reads.
 
-    So would two annotators label, one who knows the world and one who looks at the last utterance alone.
+    So would two annotators label, one who knows the world and one who looks at the last utterance alone. Where they differ
+    the second one's emotion may become the heaviest, and there may be four, one more than an answer may name.
 
     Args:
         file: JSONL file to write, for --gold.

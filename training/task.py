@@ -138,7 +138,8 @@ def answer(
         found, trouble = [], str(error)
     give_back_memory()
     if trouble := next(filter(None, exchange(trouble)), ""):
-        ids, when = [s.id for s in samples], f"RL step {step + 1}" if step >= 0 else "an evaluation"
+        stage = "the cold start" if step == COLD_START else "an evaluation"
+        ids, when = [s.id for s in samples], f"RL step {step + 1}" if step >= 0 else stage
         shown = ", ".join(ids[:64]) + f" and {len(ids) - 64} more" * (len(ids) > 64)
         raise NotFinite(f"{trouble} at {when}; prompts: {shown}")
     own = {i * n + j: as_numbers(c) for i, group in zip(mine, found, strict=True) for j, c in enumerate(group)}

@@ -54,7 +54,7 @@ class Picture:
         return Timeline(first["S"], first["iterations"])
 
 
-TOY = ("toy-0", "toy-1", "toy-2")
+TOY = tuple(f"toy-{seed}" for seed in range(5))
 CONTROL = ("control-0", "control-1", "control-2")
 ACCURACY, IOU = {"eval/toy/acc": "Accuracy on dev, greedy"}, {"eval/toy/iou": "IOU on dev, greedy"}
 REWARD, RULE = {"reward/mean": "Reward (Eq. 8)"}, {"rule/rate": "Answers that keep the rule"}
@@ -70,12 +70,12 @@ UNITS = {  # what the upright axis of a metric counts
 }  # fmt: skip
 PICTURES = (
     Picture(
-        "learning", "Accuracy on dev of the toy, three seeds", {"SELF-EMO": TOY, "control: RL rate 0": CONTROL},
+        "learning", "Accuracy on dev of the toy", {"SELF-EMO, five seeds": TOY, "control: RL rate 0, three seeds": CONTROL},
         {"eval/toy/acc": "Accuracy on dev, greedy; thin: each seed"},
         {"gold SFT": 0.809, "surface reader": 0.500, "majority class": 0.345},
     ),
     Picture(
-        "good", "A good run, three seeds", {"SELF-EMO, three seeds": TOY},
+        "good", "A good run, five seeds", {"SELF-EMO, five seeds": TOY},
         ACCURACY | IOU | REWARD | CORE | ENTRIES | ENTROPY,
     ),
     Picture(

@@ -29,6 +29,8 @@ NAMES: Mapping[str, str] = {
     "right_by_vote": "right answers ahead by vote",
     "right_by_advantage": "right answers ahead by advantage",
     "several": "answers with several emotions",
+    "right_first": "right answers at the end of the first RL stage",
+    "right_last": "right answers at the end of the last RL stage",
 }
 
 
@@ -64,7 +66,18 @@ def shares(records: Sequence[Record], clean: Mapping[str, Weights]) -> dict[str,
         "right_by_vote": ahead(opposed, lambda a: a["votes"]),
         "right_by_advantage": ahead(opposed, lambda a: a["advantage"]),
         "several": mean(named(a) > 1 for r in records for a in valid(r)),
+        "right_first": right_at_the_end(records, clean, min((r["iteration"] for r in records), default=0)),
+        "right_last": right_at_the_end(records, clean, max((r["iteration"] for r in records), default=0)),
     }
+
+
+def right_at_the_end(records: Sequence[Record], clean: Mapping[str, Weights], k: int) -> float:
+    """Share of right answers to original samples in the second half of iteration k's RL steps; invalid ones are wrong."""
+    own = [r for r in records if r["iteration"] == k]
+    steps = sorted({r["step"] for r in own})
+    late = [r for r in own if not r["depth"] and r["step"] in steps[len(steps) // 2 :]]
+    said = [(a["parse"], heaviest(clean[r["sample_id"]])) for r in late for a in r["answers"]]
+    return mean(parse["reason"] is None and heaviest(parse["last_emotions"]) == truth for parse, truth in said)
 
 
 def valid(record: Record) -> list[Record]:

@@ -130,10 +130,11 @@ def says(*emotions):
     return {"reason": None, "last_emotions": {emotion: 1.0 - i / 10 for i, emotion in enumerate(emotions)}}
 
 
-def group(core, gold, rewards, advantages, depth=0, name="a", consistency=None, parses=None):
+def group(core, gold, rewards, advantages, depth=0, name="a", consistency=None, parses=None, step=0, iteration=1):
     numbers = zip(rewards, advantages, consistency or rewards, parses or [BROKEN] * len(rewards), strict=True)
     answers = [dict(zip(("reward", "advantage", "consistency", "parse"), row, strict=True)) for row in numbers]
-    return {"sample_id": name, "depth": depth, "core": core, "gold": gold, "answers": answers}
+    place = {"step": step, "iteration": iteration, "sample_id": name, "depth": depth}
+    return {**place, "core": core, "gold": gold, "answers": answers}
 
 
 def test_shares_of_groups_by_hand():
@@ -152,7 +153,7 @@ def test_shares_of_groups_by_hand():
     assert shares(records, clean) == pytest.approx({
         "order": 1 / 2, "reversed": 1 / 4, "on_gold": 1 / 3, "holds_gold": 2 / 3, "equals_gold": 1 / 3, "wrong": 2 / 3,
         "on_gold_if_wrong": 1 / 2, "several": 0,
-        **dict.fromkeys((name for name in NAMES if name.startswith("right_by")), 0),
+        **dict.fromkeys((name for name in NAMES if name.startswith("right_")), 0),
     })  # fmt: skip
 
 
@@ -172,6 +173,20 @@ def test_how_often_right_answers_are_ahead_by_hand():
     numbers = ("reward", "consistency", "consistency_alike", "vote", "advantage")
     assert [found[f"right_by_{name}"] for name in numbers] == pytest.approx([3 / 4, 1 / 4, 1 / 2, 1, 1 / 2])
     assert found["several"] == 1 / 2
+
+
+def test_right_answers_at_the_end_of_a_stage_by_hand():
+    """Clean gold is joy. Of steps 0, 1 and 2 of the first stage the last two count: right, wrong; right, broken: 2 of 4.
+
+    The last stage has one step: right, right, wrong: 2 of 3. Its new sample does not count.
+    """
+    yes, no = says("joy", "anger"), says("anger", "joy")
+    first = [[no, no], [yes, no], [yes, BROKEN]]
+    records = [group({}, {}, [0, 0], [0, 0], step=step, parses=said) for step, said in enumerate(first)]
+    records.append(group({}, {}, [0] * 3, [0] * 3, step=3, iteration=2, parses=[yes, yes, no]))
+    records.append(group({}, {}, [0], [0], step=3, iteration=2, depth=1, name="new", parses=[no]))
+    found = shares(records, {"a": {"joy": 1.0}})
+    assert (found["right_first"], found["right_last"]) == pytest.approx((1 / 2, 2 / 3))
 
 
 def test_the_consensus_of_a_run_is_held_against_clean_gold(noisy_run, finished):

@@ -76,7 +76,7 @@ class Parity:
 
     run: tyro.conf.Positional[Path]  # Folder of a finished run, whose data and start model are still there.
     peer: Pairs = ()  # trl=PYTHON, the interpreter that has TRL.
-    groups: int = 4  # Groups of the last RL step.
+    groups: int = 4  # Groups of the last RL step. 32 answers of SmolLM2-135M fill 20 GB on TRL's side: take 1 there.
     json: Path | None = None  # Also write all rows here.
     record: Path | None = None
     """A file of inputs and TRL's numbers for them, such as tests/trl.json: ask TRL again and write its numbers anew."""

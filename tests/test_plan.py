@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 from common.errors import UserError
 from model import Group, Policy
 from training import plan
-from training.config import PRESETS
+from training.config import MAY_DIFFER, PRESETS
 from training.plan import Place, estimate, kept_bytes, place_of, sizes_of
 
 PAPER = replace(PRESETS["paper"], max_prompt_tokens=64, max_new_tokens=64)  # short, so that counting takes no time
@@ -159,6 +159,15 @@ def test_what_does_not_fit_is_told_what_to_change():
     assert lines[0].startswith("does not fit: ")
     assert lines[1].startswith("  --kv_budget 325000000: peak ") and lines[1].endswith(" GB, fits")
     assert len(lines) == 2
+
+
+def test_a_run_that_ran_out_of_memory_may_go_on_with_the_advice():
+    """Such a run ends with "see --plan; then go on with: ... --resume", so --resume may refuse nothing that the plan names."""
+    cfg = replace(PAPER, micro_batch=8, ref_offload=False, activation_checkpointing=False)
+    made = estimate(cfg, plan.config_of("Qwen/Qwen3-8B"), Place(1, 24 * 10**9, gpu=True, sharded=True))
+    changed = {name for found, _ in plan.changes(cfg, made) for name in vars(cfg) if getattr(found, name) != getattr(cfg, name)}
+    assert changed == {"activation_checkpointing", "ref_offload", "kv_budget", "micro_batch"}
+    assert changed <= MAY_DIFFER
 
 
 def test_the_command_prints_the_plan_and_writes_nothing(place, tmp_path):

@@ -131,7 +131,7 @@ PRESETS: Mapping[str, Config] = {
 # What a resumed run may change; learning rates, so that a run that met a NaN can go on; a server may move.
 MAY_DIFFER = frozenset(
     {"expert", "resume", "out", "save_every", "kv_budget", "ref_offload", "activation_checkpointing", "versions"}
-    | {"plan", "lr", "cold_start_lr", "sft_lr"}
+    | {"micro_batch", "plan", "lr", "cold_start_lr", "sft_lr"}
 )
 
 

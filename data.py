@@ -323,12 +323,18 @@ def _parse(text: str, labels: Sequence[str], finished: bool) -> Output:
     return Output(reasoning=think[1], spans=spans, **found)
 
 
-def format_output(reasoning: str, last_emotions: Weights, my_emotions: Weights, my_output: str) -> str:
-    """The canonical text of an answer; `parse_output` gives the parts back. ValueError if the reasoning is not possible."""
+def format_output(
+    reasoning: str, last_emotions: Weights, my_emotions: Weights, my_output: str, *, quoted: Callable[[str], str] = repr
+) -> str:
+    """The canonical text of an answer; `parse_output` gives the parts back. ValueError if the reasoning is not possible.
+
+    `quoted` writes `my_output` as a Python string.
+    """
     if not clean(reasoning) or "</think>" in reasoning:
         raise ValueError("the reasoning must be a text without </think>")
     last, mine = ({emotion: float(w) for emotion, w in weights.items()} for weights in (last_emotions, my_emotions))
-    return f"<think>{reasoning}</think>\n{dict(zip(KEYS, (last, mine, my_output), strict=True))!r}"
+    values = zip(KEYS, (repr(last), repr(mine), quoted(my_output)), strict=True)
+    return f"<think>{reasoning}</think>\n{{{', '.join(f'{key!r}: {value}' for key, value in values)}}}"
 
 
 # Selection and new samples (Algorithm 1, lines 13-15)

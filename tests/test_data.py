@@ -672,6 +672,17 @@ def test_dataset_target():
     assert {(parse.my_output, *parse.my_emotions.items()) for parse in targets()} == {("It's no.", ("anger", 1.0))}
 
 
+@pytest.mark.parametrize(
+    ("reply", "written"),
+    [("No.", '"No."'), ("I don't.", '"I don\'t."'), ('He said "no".', '"He said \\"no\\"."'), ("C:\\", '"C:\\\\"')],
+)
+def test_the_reply_of_a_dataset_target_stands_in_double_quotes_whatever_is_in_it(reply, written):
+    """The quote comes first. Where single ones are usual, SmolLM2-135M goes on with an apostrophe: 'I don't know.'"""
+    text = coldstart.dataset_target(sample(following=Turn("Ann", reply, {"anger": 1.0})))
+    assert text.endswith(f"'my_emotions': {{'anger': 1.0}}, 'my_output': {written}}}")
+    assert data.parse_output(text, MELD).my_output == reply
+
+
 def test_dataset_target_of_soft_gold():
     """Votes 6, 3, 2, 1, 1: the heaviest three over 6, so that 1 is the largest weight; small weights rise to 0.1."""
     votes = {"neutral": 1, "fear": 3.0, "joy": 6.0, "anger": 2.0, "sadness": 1.0}

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import data
 from common.text import clean
 from data import Failure, Output, format_output, parse_output
+from training.coldstart import double_quoted
 
 LABELS = ("neutral", "surprise", "fear", "sadness", "joy", "disgust", "anger")
 REASONS = "unfinished too_long think dictionary trailing keys last_emotions label weight my_emotions my_output duplicate"
@@ -238,9 +239,9 @@ MINE = st.dictionaries(
 
 
 @settings(deadline=None)
-@given(PLAIN.filter(lambda text: "</think>" not in text), LAST, MINE, PLAIN)
-def test_round_trip(reasoning, last, mine, reply):
-    parse = parse_output(format_output(reasoning, last, mine, reply), LABELS)
+@given(PLAIN.filter(lambda text: "</think>" not in text), LAST, MINE, PLAIN, st.sampled_from([repr, double_quoted]))
+def test_round_trip(reasoning, last, mine, reply, quoted):
+    parse = parse_output(format_output(reasoning, last, mine, reply, quoted=quoted), LABELS)
     assert isinstance(parse, Output)
     assert (parse.reasoning, parse.last_emotions, parse.my_emotions, parse.my_output) == (reasoning, last, mine, reply)
     assert list(parse.my_emotions) == list(mine)

@@ -1,5 +1,6 @@
 """Supervised fine-tuning: the cold start (line 3, D17) and the retraining of lines 17-18 (D12, D13, D26)."""
 
+import json
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -106,7 +107,12 @@ def dataset_target(sample: Sample) -> str | None:
     if len(last) == 1 and second and stable_hash(sample.id) % 2:
         last = {**dict.fromkeys(last, 0.8), second: 0.3}
     reasoning = f"The last speaker shows {' and '.join(last)}. I feel {' and '.join(mine)} and say so."
-    return format_output(reasoning, last, mine, sample.following.text)
+    return format_output(reasoning, last, mine, sample.following.text, quoted=double_quoted)
+
+
+def double_quoted(text: str) -> str:
+    """A string, always in double quotes. `repr` goes by whether an apostrophe will follow, which a model cannot know yet."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def heaviest_three(weights: Weights) -> dict[str, float]:

@@ -8,6 +8,7 @@ import json
 import math
 import re
 import shutil
+from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -100,6 +101,29 @@ def test_d7_prompts_come_without_replacement_epoch_after_epoch():
     flat = [name for step in steps for name in step]
     assert sorted(flat[:5]) == sorted(flat[5:]) == ["0", "1", "2", "3", "4"]
     assert flat[:5] != flat[5:]
+
+
+def test_even_labels_take_turns_within_a_dataset_and_leave_datasets_their_size():
+    """w: 4 of joy, 1 of fear, 1 of anger; v: 2 of joy. Three epochs of 8 are 18 draws of w, 6 of each label, and 6 of v."""
+    golds = ["joy", "joy", "fear", "joy", "anger", "joy"]
+    w = world(6, even_labels=True)
+    own = [replace(s, gold={label: 0.8, "disgust": 0.3}) for s, label in zip(w.originals, golds, strict=True)]
+    other = [sample(i, id=f"v/train/{i}", dataset="v") for i in range(2)]
+    buffer = Buffer((*own, *other))
+    steps = [buffer.draw(1, step, w.cfg) for step in range(12)]
+    drawn = [s for step in steps for s in step]
+    assert {len(step) for step in steps} == {2}
+    assert Counter((s.dataset, data.heaviest(s.gold)) for s in drawn) == {
+        ("w", "joy"): 6, ("w", "fear"): 6, ("w", "anger"): 6, ("v", "joy"): 6,
+    }  # fmt: skip
+    of_w = [data.heaviest(s.gold) for s in drawn if s.dataset == "w"]
+    rounds = [tuple(of_w[i : i + 3]) for i in range(0, 18, 3)]
+    assert {frozenset(turn) for turn in rounds} == {frozenset(["joy", "fear", "anger"])} and len(set(rounds)) > 1
+    joys = [s.id for s in drawn if s.dataset == "w" and data.heaviest(s.gold) == "joy"]
+    assert len(set(joys[:4])) == 4  # without replacement until all have come
+    assert buffer.draw(1, 7, w.cfg) == steps[7]
+    assert [buffer.draw(1, step, replace(w.cfg, seed=1)) for step in range(12)] != steps
+    assert [buffer.draw(2, step, w.cfg) for step in range(12)] != steps
 
 
 def test_d7_a_step_wider_than_the_buffer_goes_through_it_more_than_once():

@@ -58,6 +58,8 @@ def test_shares_are_said(folders):
     said = task.mixture_line(task.read_splits(settings(folders))["train"])
     expected = "calm 25.0 % (4 samples, 2 labels), wide 75.0 % (12 samples, 3 labels)"
     assert said == f"prompts are drawn by size of dataset, seeded: {expected}"
+    evenly = task.mixture_line(task.read_splits(settings(folders))["train"], even_labels=True)
+    assert evenly == f"prompts are drawn by size of dataset, evenly over its labels, seeded: {expected}"
 
 
 def test_new_samples_keep_their_datasets_labels(folders):

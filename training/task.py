@@ -5,7 +5,7 @@ import itertools
 import json
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from common.template import day, remarks
 from corpora.dialogue import SPLITS, Turn, Weights
 from corpora.loading import label_set, load, read_gold, read_personas, with_votes
 from corpora.sharing import overlap
-from data import Completion, Sample
+from data import Completion, Sample, heaviest
 from engine.fast import cuda_graphs
 from engine.processes import announce, device_memory, exchange, gathered, give_back_memory, rank, share
 from grpo import lam
@@ -103,16 +103,29 @@ class Buffer:
 
     def draw(self, k: int, step: int, cfg: Config) -> list[Sample]:
         """Line 6: the prompts of a step of iteration k, without replacement until the buffer is through (D7)."""
-        samples = self.samples(k, cfg.max_synthetic)
-        first = step * cfg.batch_prompts
-        epochs = range(first // len(samples), (first + cfg.batch_prompts - 1) // len(samples) + 1)
-        order = [sample for epoch in epochs for sample in shuffled(samples, f"{cfg.seed}/prompts/{k}/{epoch}")]
-        first -= epochs[0] * len(samples)
-        return order[first : first + cfg.batch_prompts]
+        samples, key = self.samples(k, cfg.max_synthetic), f"{cfg.seed}/prompts/{k}"
+        stream = by_size = endless(samples, key)
+        if cfg.even_labels:
+            parts = {name: evenly(own, f"{key}/{name}") for name, own in group_by_dataset(samples).items()}
+            stream = (next(parts[sample.dataset]) for sample in by_size)
+        return list(itertools.islice(stream, step * cfg.batch_prompts, (step + 1) * cfg.batch_prompts))
 
     def add(self, kept: Sequence[Example]) -> "Buffer":
         """Line 15."""
         return replace(self, kept=(*self.kept, *kept))
+
+
+def endless(samples: Sequence[Sample], key: str) -> Iterator[Sample]:
+    """All samples in a seeded order, and then again and again in another one."""
+    return itertools.chain.from_iterable(shuffled(samples, f"{key}/{epoch}") for epoch in itertools.count())
+
+
+def evenly(samples: Sequence[Sample], key: str) -> Iterator[Sample]:
+    """Class-balanced sampling: the heaviest gold labels take turns, in each round in another order, with the next sample of
+    their own (Kang et al. 2020, arXiv 1910.09217). Rare ones come again sooner."""
+    labels = sorted({heaviest(sample.gold) for sample in samples})
+    own = {label: endless([s for s in samples if heaviest(s.gold) == label], f"{key}/{label}") for label in labels}
+    return (next(own[label]) for turn in itertools.count() for label in shuffled(labels, f"{key} {turn}"))
 
 
 def answer(
@@ -188,7 +201,7 @@ def open_task(cfg: Config) -> Task:
     for split, samples in splits.items():
         dropped = len(samples) - len(fitting[split])
         announce(f"{split}: {len(fitting[split])} samples" + f", {dropped} over --max_prompt_tokens dropped" * (dropped > 0))
-    announce(mixture_line(fitting["train"]))
+    announce(mixture_line(fitting["train"], cfg.even_labels))
     described = sum(sample.responder.persona is not None for sample in fitting["train"])
     if cfg.personas or not described:
         none = "no personas given: prompts describe nobody (Eq. 4: python -m experts personas, then --personas)"
@@ -216,13 +229,14 @@ def fitting_samples(task: Task, samples: Iterable[Sample]) -> tuple[tuple[Sample
     return tuple(kept), sums.hexdigest()
 
 
-def mixture_line(samples: Sequence[Sample]) -> str:
+def mixture_line(samples: Sequence[Sample], even_labels: bool = False) -> str:
     """How often each dataset is drawn: all samples in one seeded shuffle, so by size; each keeps its own labels."""
+    labels = ", evenly over its labels" if even_labels else ""
     parts = [
         f"{name} {100 * len(own) / len(samples):.1f} % ({len(own)} samples, {len(own[0].labels)} labels)"
         for name, own in group_by_dataset(samples).items()
     ]
-    return f"prompts are drawn by size of dataset, seeded: {', '.join(parts)}"
+    return f"prompts are drawn by size of dataset{labels}, seeded: {', '.join(parts)}"
 
 
 def read_splits(cfg: Config) -> dict[str, list[Sample]]:

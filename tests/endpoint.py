@@ -57,7 +57,8 @@ class Handler(BaseHTTPRequestHandler):
         status, said, headers = said if isinstance(said, tuple) else (200, said, {})
         raw = said if isinstance(said, bytes) else json.dumps(said).encode()
         self.send_response(status)
-        for name, value in {"Content-Type": "application/json", "Content-Length": len(raw), **headers}.items():
+        headers = {"Content-Type": "application/json", "Content-Length": len(raw), "Connection": "close", **headers}
+        for name, value in headers.items():  # without the word "close" a client may ask again on what is being closed
             self.send_header(name, str(value))
         self.end_headers()
         with contextlib.suppress(OSError):  # whoever asked may have gone

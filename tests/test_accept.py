@@ -50,7 +50,7 @@ def test_the_bounds_are_those_that_were_asked_for(small):
     expected = [
         ("cascade", "error against float64", "< 0.01"), ("cascade", "over that of one causal call", "< 2"),
         ("cascade", "36,864 tokens, memory", "< 2.27 GB"), ("head", "gradient of the weight", "< 0.003"),
-        ("draws", "weight 0", "= 0"), ("sampler", "mean gap", "< 0.02"), ("sampler", "largest gap", "< 0.3"),
+        ("draws", "weight 0", "= 0"), ("sampler", "error of the sampler", "< 2"), ("sampler", "largest gap", "< 0.3"),
         ("graphs", "differ from eager steps", "= 0"), ("graphs", "captures", "= 4"), ("ranks", "one killed", "< 60"),
         ("plan", "off the plan", "<= 0.1"),
         ("pace", "waits per step", "<= 1"), ("pace", "share of time the GPU works", "> 0.8"),

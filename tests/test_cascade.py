@@ -30,6 +30,7 @@ from engine.cascade import FLASH_ATTN, PLAIN, TORCH, CascadeLayout, Segments, ke
 from model import Group, GroupLayout, Policy, pack
 from tools import checks
 from tools.checks import attends, errors, qkv, solved
+from training.export import export
 from training.plan import Place, kept_bytes
 
 CPU = torch.device("cpu")
@@ -433,6 +434,17 @@ def test_a_plan_counts_what_a_gpu_will_keep(D, kernels):
         module.__dict__.pop("forward", None)  # transformers' own norms, as in a run
     expected = saved_for_backward(Policy(lm.bfloat16(), layout_for(kernels)), GROUPS)
     assert kept_bytes(lm.config, 2, GROUPS, Place(1, 10**9, gpu=True, sharded=True)) == expected > 0
+
+
+def test_a_policy_of_fast_kernels_reloads_as_itself(tmp_path):
+    """Its export is compared through the same kernels: in bf16 others part by more than the 1e-4 that are allowed."""
+    Policy(tiny()).export(tmp_path / "start", tokenizer())
+    policy = Policy(Policy.load(tmp_path / "start", torch.bfloat16).lm, layout_for(PLAIN))
+    with torch.no_grad():
+        group = [Group([3, 5, 7], [[11, 13]])]  # what `export` compares
+        assert (policy(group)[0] - Policy(policy.lm)(group)[0]).abs().max() > 1e-4
+    export(tmp_path / "model", policy, tokenizer())
+    assert (tmp_path / "model" / "model.safetensors").exists()
 
 
 # On a GPU

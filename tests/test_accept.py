@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from tools import accept, trials
+from rollout import generate
+from tools import accept, decoding, trials
 from tools.accept import CHECKS, Accept, Check
 from tools.checks import Row, peak_bytes, row, warned_waits
 from tools.decoding import busy_s, counted, differing, pace_of, waits_in
@@ -185,6 +186,14 @@ def test_a_gpu_is_busy_while_any_kernel_runs():
     events = [event("k", start, end, DeviceType.CUDA) for start, end in spans]
     assert busy_s([*events, event("aten::mm", 0, 100)]) == pytest.approx(15e-6, rel=1e-12)
     assert busy_s([]) == 0
+
+
+def test_a_sampler_at_another_temperature_fails(monkeypatch):
+    """Two per cent warmer: four to six times as far from float32 as the policy, and within .01 nats of it."""
+    monkeypatch.setattr(decoding, "generate", lambda *args, **given: generate(*args, **{**given, "temperature": 1.02}))
+    first, gap, _ = decoding.sampler(torch.device("cpu"))
+    assert first.verdict == "FAILED" and first.value is not None and 3 < first.value < 10
+    assert gap.verdict == "ok" and gap.value is not None and gap.value < 0.01
 
 
 def test_calls_of_the_driver_that_wait():

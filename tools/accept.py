@@ -48,12 +48,12 @@ CHECKS: Mapping[str, Check] = {  # 590 s in all
     "cascade": Check(checks.cascade, 45),
     "head": Check(checks.head, 20),
     "draws": Check(checks.draws, 20),
-    "sampler": Check(decoding.sampler, 45),
-    "graphs": Check(decoding.graphs, 40),
+    "sampler": Check(decoding.sampler, 30),
+    "graphs": Check(decoding.graphs, 25),
     "ranks": Check(trials.ranks, 95),
     "plan": Check(trials.plan, 60),
     "run": Check(trials.run, 130),
-    "pace": Check(decoding.pace, 135),
+    "pace": Check(decoding.pace, 165),
 }
 
 

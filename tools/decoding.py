@@ -189,12 +189,12 @@ def profiled(work: Callable[[], object], device: torch.device) -> list[Any]:
 def pace_of(sample: Callable[[int], object], device: torch.device, short: int, long: int) -> Pace:
     """A decode step, as the difference of long and short answers: what happens once per rollout cancels out.
 
-    The clock runs without the profiler, which slows the host. What it counts it counts over a sixth of the steps.
+    The clock runs without the profiler, which slows the host and takes long to read. It sees a twelfth of the steps.
     """
     sample(short)
     few, many = (median_s(partial(sample, tokens), device, 3) for tokens in (short, long))
-    steps = max(1, (long - short) // 6)
-    less, more = (profiled(partial(sample, tokens), device) for tokens in (short, short + steps))
+    steps = max(1, (long - short) // 12)
+    less, more = (profiled(partial(sample, tokens), device) for tokens in (steps, 2 * steps))
     return Pace(
         (many - few) / (long - short), (busy_s(more) - busy_s(less)) / steps, (waits_in(more) - waits_in(less)) / steps
     )

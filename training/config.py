@@ -84,8 +84,8 @@ class Config:
     """Share of training labels, in [0, 1), that are made wrong: another label of the dataset takes the place of the heaviest
     one, by a seeded draw per label. Dev and test stay clean (an experiment of ours: python -m tools.ablate noise)."""
     even_labels: Switch = False
-    """Draw the prompts of RL steps evenly over gold labels instead of as often as they are: class-balanced sampling. For a
-    weak model that reinforcement drives to the most frequent label (an option of ours: docs/smollm2.md)."""
+    """Draw the prompts of RL steps evenly over gold labels instead of as often as they are: class-balanced sampling. Answers
+    name the most frequent label less often; after many steps too seldom (an option of ours: docs/smollm2.md)."""
     drop_overlap: Switch = False  # Leave out training dialogues that share lines with a test dialogue (D24).
     originals: int = 0
     """Original samples in D0: the first so many of a seeded shuffle over all datasets; 0 takes all (Table 2, D27)."""

@@ -4,9 +4,10 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from common.errors import UserError
 from common.files import Record, read_lines
@@ -43,6 +44,34 @@ def paired_interval(
     b, c, _ = mcnemar(correct_a, correct_b)
     n = len(correct_a)
     return (b - c) / n, *interval(b, c, n - b - c, seed=seed, draws=draws)
+
+
+def f1_scores(counts_DC: NDArray[Any], gold_C: Sequence[str], pred_C: Sequence[str | None]) -> NDArray[Any]:
+    """Accuracy, weighted and macro F1 of D sets of samples at once, (D, 3), as evaluate.py computes them one by one.
+
+    `counts_DC`: how many samples of each set are of kind c, with gold `gold_C[c]` and prediction `pred_C[c]`.
+    """
+    names = sorted({*gold_C, *pred_C} - {None}, key=str)
+    gold_CK, pred_CK = (np.array([[x == name for name in names] for x in side], float) for side in (gold_C, pred_C))
+    real_DK, named_DK, hit_DK = counts_DC @ gold_CK, counts_DC @ pred_CK, counts_DC @ (gold_CK * pred_CK)
+    f1_DK, n_D = 2 * hit_DK / np.maximum(real_DK + named_DK, 1), counts_DC.sum(-1)
+    macro_D = f1_DK.sum(-1) / (real_DK + named_DK > 0).sum(-1)
+    return np.stack([hit_DK.sum(-1) / n_D, (real_DK * f1_DK).sum(-1) / n_D, macro_D], -1)
+
+
+def f1_differences(
+    gold: Sequence[str], a: Sequence[str | None], b: Sequence[str | None], *, seed: int = 0, draws: int = 10_000
+) -> list[tuple[float, float, float]]:
+    """Accuracy, weighted and macro F1 of a minus those of b, each with its 95 % bootstrap interval over the samples.
+
+    Samples of the same gold and predictions are alike, so drawing all n again is one multinomial draw.
+    """
+    (gold_C, a_C, b_C), n_C = zip(*(kinds := Counter(zip(gold, a, b, strict=True))), strict=True), [*kinds.values()]
+    drawn_DC = np.random.default_rng(seed).multinomial(len(gold), np.array(n_C) / len(gold), size=draws)
+    counts_DC = np.vstack([n_C, drawn_DC])
+    difference_D3 = f1_scores(counts_DC, gold_C, a_C) - f1_scores(counts_DC, gold_C, b_C)
+    ends_23 = np.quantile(difference_D3[1:], [0.025, 0.975], axis=0)
+    return [(float(x), float(low), float(high)) for x, low, high in zip(difference_D3[0], *ends_23, strict=True)]
 
 
 def t_interval(values: Sequence[float]) -> tuple[float, float, float]:

@@ -125,8 +125,9 @@ def test_the_interval_is_that_of_samples_drawn_again():
 
 def test_only_samples_that_all_files_have_are_compared(files, tmp_path):
     part = write(tmp_path / "part.jsonl", [row(2, "fear", {"fear": 1.0}), row(9, "joy", {"joy": 1.0})])
-    found = paired.compare([*files, part])["world"]
-    assert found["samples"] == 1 and len(found["pairs"]) == 3
+    for order in ([*files, part], [files[0], part, files[1]], [part, *files]):
+        found = paired.compare(order)["world"]
+        assert found["samples"] == 1 and len(found["pairs"]) == 3
 
 
 def test_datasets_stand_apart(files, tmp_path):

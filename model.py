@@ -243,12 +243,6 @@ class Policy(nn.Module):
         policy.longest = longest
         return policy
 
-    @classmethod
-    def load_here(cls, path: str | Path) -> "Policy":
-        """Open a model that only answers: bf16 on a GPU, else float32 on the CPU. Raises `UserError` as `load` does."""
-        gpu = torch.cuda.is_available()
-        return cls.load(path, torch.bfloat16 if gpu else torch.float32, "cuda" if gpu else "cpu").eval()
-
     @property
     def device(self) -> torch.device:
         """Where the weights are."""

@@ -11,7 +11,7 @@ import data
 from analysis.table1 import Answers, asked, endpoints, generated
 from common.draws import first_shuffled
 from common.errors import UserError
-from common.flags import Pairs, Switch
+from common.flags import Dtype, Pairs, Switch
 from common.hub import openable
 from common.template import day
 from corpora.loading import Context, load, read_gold, read_personas, with_votes
@@ -45,6 +45,7 @@ class ScoreCommand:
     cache: Path | None = None  # Answers of endpoints that are there already. Default: FILE.cache beside --out.
     table: Literal["text", "markdown", "latex"] | None = None  # Print accuracy and W-F1 of all models as Table 1 has them.
     kv_budget: int | None = None  # Bytes for keys and values. Default: half of the device's memory (Table 12).
+    dtype: Dtype = "auto"  # In which a folder computes; auto: bfloat16 on a GPU, float32 on a CPU (see selfemo.py --help).
     lenient: tyro.conf.FlagConversionOff[Switch] = False
     """Show beside the strict reading what accepting the last dictionary anywhere in an answer would score."""
     out: Path | None = None
@@ -114,5 +115,5 @@ def all_answers(
             if model in places and cache is not None:
                 yield (places[model].name, seed, None), asked(places[model], datasets, prompts, settings, cache)
             else:
-                answers, shown = generated(model, datasets, prompts, settings, command.kv_budget)
+                answers, shown = generated(model, datasets, prompts, settings, command.kv_budget, command.dtype)
                 yield (model, seed, shown), answers

@@ -12,6 +12,7 @@ from typing import Literal
 
 import data
 from common.errors import UserError
+from common.flags import Dtype
 from common.hub import load_tokenizer
 from common.template import remarks, shows_date
 from data import Prompts, Sample
@@ -49,7 +50,8 @@ def asked(
 
 
 def generated(
-    folder: str, datasets: Mapping[str, Sequence[Sample]], prompts: Prompts, settings: Settings, kv_budget: int | None
+    folder: str, datasets: Mapping[str, Sequence[Sample]], prompts: Prompts, settings: Settings,
+    kv_budget: int | None, dtype: Dtype,
 ) -> tuple[Answers, str | None]:
     """One answer of a local model per sample, in one call per dataset.
 
@@ -59,7 +61,7 @@ def generated(
     tokenizer, answers = load_tokenizer(folder), Answers()
     for line in remarks(tokenizer, settings.date):
         print(line, file=sys.stderr, flush=True)
-    replies_to = open_local(folder, tokenizer, kv_budget=kv_budget, progress=True)
+    replies_to = open_local(folder, tokenizer, kv_budget=kv_budget, progress=True, dtype=dtype)
     for name, samples in datasets.items():
         encoded = [data.encode(tokenizer, sample, prompts, settings.date) for sample in samples]
         replies = replies_to(encoded, [sample.id for sample in samples], settings)

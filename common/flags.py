@@ -1,7 +1,7 @@
 """Kinds of command-line flags that several commands share."""
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -28,6 +28,7 @@ Switch = Annotated[
     ),
 ]
 Pairs = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
+Dtype = Literal["auto", "float32", "bfloat16"]
 
 
 def roots(given: Sequence[str]) -> dict[str, str]:

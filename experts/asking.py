@@ -21,11 +21,12 @@ from tqdm import tqdm
 import data
 from common.draws import stable_hash
 from common.errors import UserError
+from common.flags import Dtype
 from common.hub import eos_ids, openable, quiet_transformers
 from common.template import day, remarks, render, written
 from common.text import clean
 from data import MAX_BYTES
-from engine.processes import device_memory
+from engine.processes import computing, device, device_memory
 from experts import responses
 from experts.cache import Cache
 from experts.responses import Reply, Unanswered, read_completion
@@ -249,15 +250,15 @@ Expert = Endpoint | Local
 
 
 def open_local(
-    folder: str, tokenizer: Any, *, kv_budget: int | None = None, progress: bool = False
+    folder: str, tokenizer: Any, *, kv_budget: int | None = None, progress: bool = False, dtype: Dtype = "auto"
 ) -> Callable[[Sequence[Encoded], Sequence[str], Settings], list[Reply]]:
     """Open a local model: a function of prompts, of a name for each prompt's random stream, and of settings.
 
-    `kv_budget`: bytes for keys and values, default half of the device's memory. Raises `UserError` where the model cannot
-    be opened; the function raises it where the model computes NaN.
+    `kv_budget`: bytes for keys and values, default half of the device's memory. `dtype`: as --dtype of a run. Raises
+    `UserError` where the model cannot be opened; the function raises it where the model computes NaN.
     """
     quiet_transformers()
-    policy, stops = Policy.load_here(folder), eos_ids(folder, tokenizer)
+    policy, stops = Policy.load(folder, computing(dtype), device()).eval(), eos_ids(folder, tokenizer)
 
     def replies_to(encoded: Sequence[Encoded], names: Sequence[str], settings: Settings) -> list[Reply]:
         try:

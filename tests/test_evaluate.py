@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 from conftest import lines, status_of
 from endpoint import completion, serving
 from test_iemocap import release
@@ -30,6 +31,7 @@ from evaluate import (
     span_entropies,
     weighted_f1,
 )
+from experts import asking
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -423,6 +425,17 @@ def test_several_models_and_seeds_are_scored_with_mean_and_spread(monkeypatch, c
     texts = [[row["text"] for row in lines(folder / f"scores-{n}.jsonl")] for n in (1, 2, 3, 4)]
     assert texts[0] == texts[2] != texts[1] == texts[3]
     assert out.splitlines()[-2] == "| mean +- std | 0.00 +- 0.00 | 0.00 +- 0.00 |"
+
+
+@pytest.mark.parametrize(("given", "computes"), [([], "float32"), (["--dtype", "bfloat16"], "bfloat16")])
+def test_the_model_computes_in_the_type_that_is_asked_for(monkeypatch, capsys, folder, given, computes):
+    """As a run with the same --dtype does in its evaluations."""
+    if torch.cuda.is_available():
+        pytest.skip("auto is bfloat16 on a GPU")
+    seen, real = [], asking.generate
+    monkeypatch.setattr(asking, "generate", lambda policy, *a, **kw: seen.append(policy.lm.dtype) or real(policy, *a, **kw))
+    command(monkeypatch, capsys, folder, *given)
+    assert {str(dtype) for dtype in seen} == {f"torch.{computes}"}
 
 
 def test_an_endpoint_is_scored_once(monkeypatch, capsys, folder):

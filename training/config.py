@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from common.errors import UserError
-from common.flags import Pairs, Switch
+from common.flags import Dtype, Pairs, Switch
 
 Plan = Annotated[
     str | None,
@@ -98,7 +98,7 @@ class Config:
     """Which turns of IEMOCAP a prompt shows: those with a label, as the benchmarks do, or all."""
     kv_budget: int = 0
     """Bytes for keys and values in sampling; 0 takes half of the device's memory (Table 12: gpu_memory_utilization)."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: Dtype = "auto"
     """Number type in which the model learns, scores and samples; weights, moments and log-probs stay float32.
     auto: bfloat16 on a GPU, float32 on a CPU, where bfloat16 pays only with its instructions (AVX512-BF16, AMX)."""
     ref_offload: Switch = True

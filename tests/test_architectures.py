@@ -1,7 +1,10 @@
 """Right or refused: which models can be opened, and up to which length (docs/architectures.md, tests/architectures.py)."""
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import architectures
 import pytest
@@ -15,7 +18,7 @@ import model
 from common.errors import UserError
 from common.shrunk import FAR, NEAR, positions, random_model, shrunk
 from engine.fsdp import blocks, checkpoint_blocks
-from model import ATTENTION, Group, Policy, attention, check_architecture
+from model import ATTENTION, Group, Policy, Unlike, attention, check_architecture, check_sharing
 from rollout import generate
 
 SMALL = dict(
@@ -204,6 +207,32 @@ def test_weights_that_do_not_give_eager_attention_are_refused(tmp_path, monkeypa
     monkeypatch.setattr(model, "rectangle", lambda x, index: right(x, index) * (1 if x.shape[-1] < 40 else 1.1))
     with pytest.raises(UserError, match=f"{path.name} cannot share prompts: .* nats off"):
         Policy.load(path)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shared", "alone", "refused"),
+    [
+        (torch.bfloat16, -18.022, -18.593, False),  # .571 apart; .5 + .05 * 18.593 = 1.430 may be
+        (torch.bfloat16, -2.0, -2.65, True),  # .65; .5 + .1325 = .6325
+        (torch.bfloat16, -18.0, -20.0, True),  # 2; .5 + 1 = 1.5
+        (torch.float32, -18.0, -18.002, True),  # .002; .001, however unlikely
+    ],
+)
+def test_an_unlikely_token_may_be_rounded_by_more_in_bf16(dtype, shared, alone, refused):
+    """The first numbers are SmolLM2's after 40 RL steps, in bf16 on a CPU; float32 has -17.61 on both sides."""
+
+    def eager(ids_1N, use_cache):
+        logits_1NV = torch.full((1, ids_1N.shape[1], 32), -torch.inf)
+        for i, token in enumerate(ids_1N[0, 1:].tolist()):
+            logp = torch.tensor(alone if token == 13 else -1.0)
+            logits_1NV[0, i, [token, 0]] = torch.stack([logp, torch.log1p(-logp.exp())])
+        return SimpleNamespace(logits=logits_1NV)
+
+    lm = Mock(side_effect=eager, dtype=dtype)
+    lm.config.get_text_config.return_value.vocab_size = 32
+    policy = Mock(return_value=(torch.tensor([[-1.0, shared], [-1.0, 0.0]]), None), lm=lm, device="cpu")
+    with pytest.raises(Unlike, match="nats off") if refused else nullcontext():
+        check_sharing(policy)
 
 
 def test_an_opened_model_keeps_our_attention(tmp_path):

@@ -210,29 +210,32 @@ def test_weights_that_do_not_give_eager_attention_are_refused(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("dtype", "shared", "alone", "refused"),
-    [
-        (torch.bfloat16, -18.022, -18.593, False),  # .571 apart; .5 + .05 * 18.593 = 1.430 may be
-        (torch.bfloat16, -2.0, -2.65, True),  # .65; .5 + .1325 = .6325
-        (torch.bfloat16, -18.0, -20.0, True),  # 2; .5 + 1 = 1.5
-        (torch.float32, -18.0, -18.002, True),  # .002; .001, however unlikely
-    ],
+    ("dtype", "gap", "refused"),
+    [(torch.bfloat16, 0.49, False), (torch.bfloat16, 0.51, True), (torch.float32, 9e-4, False), (torch.float32, 0.0011, True)],
 )
-def test_an_unlikely_token_may_be_rounded_by_more_in_bf16(dtype, shared, alone, refused):
-    """The first numbers are SmolLM2's after 40 RL steps, in bf16 on a CPU; float32 has -17.61 on both sides."""
+def test_likely_tokens_are_compared(dtype, gap, refused):
+    """After the prompt token 9 has 1/2 and token 4 has 1/4, after 9 token 2 has 1/2: ln 1/2 = -.6931, ln 1/4 = -1.3863.
+
+    SmolLM2's log-prob of a fixed token was -17.61 in float32 and, after 40 RL steps, -18.02 and -18.59 in bf16: no fault.
+    """
+    asked = []
 
     def eager(ids_1N, use_cache):
-        logits_1NV = torch.full((1, ids_1N.shape[1], 32), -torch.inf)
-        for i, token in enumerate(ids_1N[0, 1:].tolist()):
-            logp = torch.tensor(alone if token == 13 else -1.0)
-            logits_1NV[0, i, [token, 0]] = torch.stack([logp, torch.log1p(-logp.exp())])
-        return SimpleNamespace(logits=logits_1NV)
+        shares_NV = torch.full((ids_1N.shape[1], 32), 0.5 / 31)
+        shares_NV[3:, 2] = 0.5
+        shares_NV[2] = 0.25 / 30
+        shares_NV[2, [9, 4]] = torch.tensor([0.5, 0.25])
+        return SimpleNamespace(logits=shares_NV[None].log())
+
+    def shared(groups):
+        asked.extend(groups)
+        return torch.tensor([[-0.693147, -0.693147 + gap], [-1.386294, 0.0]]), None
 
     lm = Mock(side_effect=eager, dtype=dtype)
     lm.config.get_text_config.return_value.vocab_size = 32
-    policy = Mock(return_value=(torch.tensor([[-1.0, shared], [-1.0, 0.0]]), None), lm=lm, device="cpu")
     with pytest.raises(Unlike, match="nats off") if refused else nullcontext():
-        check_sharing(policy)
+        check_sharing(Mock(side_effect=shared, lm=lm, device="cpu"))
+    assert [group.answers for group in asked] == [[[9, 2], [4]]]
 
 
 def test_an_opened_model_keeps_our_attention(tmp_path):

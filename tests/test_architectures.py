@@ -211,7 +211,10 @@ def test_weights_that_do_not_give_eager_attention_are_refused(tmp_path, monkeypa
 
 @pytest.mark.parametrize(
     ("dtype", "gap", "refused"),
-    [(torch.bfloat16, 0.49, False), (torch.bfloat16, 0.51, True), (torch.float32, 9e-4, False), (torch.float32, 0.0011, True)],
+    [
+        (torch.bfloat16, 0.49, False), (torch.bfloat16, 0.51, True), (torch.float32, 9e-4, False),
+        (torch.float32, 0.0011, True),
+    ],
 )
 def test_likely_tokens_are_compared(dtype, gap, refused):
     """After the prompt token 9 has 1/2 and token 4 has 1/4, after 9 token 2 has 1/2: ln 1/2 = -.6931, ln 1/4 = -1.3863.
